@@ -1,0 +1,137 @@
+"""Checks of public arguments: what is wrong, with the values, and what to do."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:
+    from sparseattn_jax.block_mask import BlockMask
+
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def checked[**P, R](*checks: Callable[..., None]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator: runs checks on a call's arguments, matched by parameter name, before the call.
+
+    It is the outermost decorator of a public function, so that a user sees these sentences
+    whatever else looks at the arguments.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+        wanted = [(check, list(inspect.signature(check).parameters)) for check in checks]
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            for check, names in wanted:
+                check(*(bound.arguments[name] for name in names))
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def check_qk(q: jax.Array, k: jax.Array) -> None:
+    """q is [B, T, N, H] and k is [B, S, K, H] of one dtype, and K divides N."""
+    for name, array in (("q", q), ("k", k)):
+        if array.ndim != 4:
+            raise ValueError(
+                f"{name}.shape={array.shape} must be [batch, length, heads, head_dim]; "
+                "add the axes that are missing"
+            )
+        if array.dtype not in _DTYPES:
+            raise ValueError(f"{name}.dtype={array.dtype} must be one of {_DTYPES}; cast it")
+    if q.dtype != k.dtype:
+        raise ValueError(f"q.dtype={q.dtype} and k.dtype={k.dtype} must agree; cast one of them")
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"batch sizes of q ({q.shape[0]}) and k ({k.shape[0]}) must agree")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"head_dim of q ({q.shape[3]}) and k ({k.shape[3]}) must agree")
+    if 0 in q.shape or 0 in k.shape:
+        raise ValueError(f"q.shape={q.shape} and k.shape={k.shape} must have no axis of size 0")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"num_heads={q.shape[2]} must be a multiple of num_kv_heads={k.shape[2]}; "
+            "repeat or drop heads so that each kv head serves the same number of query heads"
+        )
+
+
+def check_kv(k: jax.Array, v: jax.Array) -> None:
+    """v has k's shape and dtype."""
+    if v.shape != k.shape:
+        raise ValueError(f"v.shape={v.shape} must equal k.shape={k.shape}")
+    if v.dtype != k.dtype:
+        raise ValueError(f"v.dtype={v.dtype} and k.dtype={k.dtype} must agree; cast one of them")
+
+
+def check_causal(q: jax.Array, k: jax.Array, is_causal: bool) -> None:
+    """Causal queries stand at the end of the keys, so there are no more of them than keys."""
+    if is_causal and q.shape[1] > k.shape[1]:
+        raise ValueError(
+            f"q_len={q.shape[1]} must not exceed kv_len={k.shape[1]} when is_causal: queries stand "
+            "at the end of the keys; pass the keys of all queries or is_causal=False"
+        )
+
+
+def check_kv_lengths(k: jax.Array, kv_lengths: jax.Array | None) -> None:
+    """kv_lengths is one int32 per sequence, within the keys."""
+    if kv_lengths is None:
+        return
+    if kv_lengths.shape != k.shape[:1] or kv_lengths.dtype != jnp.int32:
+        raise ValueError(
+            f"kv_lengths has shape {kv_lengths.shape} and dtype {kv_lengths.dtype}; "
+            f"pass int32 of shape {k.shape[:1]}, one length per sequence"
+        )
+    lengths = concrete(kv_lengths)
+    if lengths is not None and (lengths.min() < 0 or lengths.max() > k.shape[1]):
+        raise ValueError(
+            f"kv_lengths={lengths.tolist()} must lie in [0, kv_len={k.shape[1]}]; clip them"
+        )
+
+
+def check_segment_ids(k: jax.Array, segment_ids: jax.Array | None) -> None:
+    """segment_ids is one int32 per key."""
+    if segment_ids is None:
+        return
+    if segment_ids.shape != k.shape[:2] or segment_ids.dtype != jnp.int32:
+        raise ValueError(
+            f"segment_ids has shape {segment_ids.shape} and dtype {segment_ids.dtype}; "
+            f"pass int32 of shape {k.shape[:2]}, one id per key position"
+        )
+
+
+def check_block_mask(q: jax.Array, k: jax.Array, block_mask: "BlockMask") -> None:
+    """The mask was made for these lengths, sequences and heads."""
+    lengths = (q.shape[1], k.shape[1])
+    if (block_mask.q_len, block_mask.kv_len) != lengths:
+        raise ValueError(
+            f"block_mask is for q_len={block_mask.q_len}, kv_len={block_mask.kv_len}, but q and k "
+            f"have lengths {lengths[0]} and {lengths[1]}; make a mask for these"
+        )
+    check_causal(q, k, block_mask.is_causal)
+    batch, heads = block_mask.kv_num_blocks.shape[:2]
+    if batch != q.shape[0] or heads not in (1, q.shape[2]):
+        raise ValueError(
+            f"block_mask is for batch={batch}, heads={heads}, but q has batch={q.shape[0]}, "
+            f"heads={q.shape[2]}; give it that batch, and that many heads or 1"
+        )
+
+
+def check_positive(**sizes: int) -> None:
+    """Every size is a positive int."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}={size} must be at least 1")
+
+
+def concrete(value: object) -> np.ndarray | None:
+    """The value as NumPy, or None while it is traced: its range can only be checked untraced."""
+    return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
