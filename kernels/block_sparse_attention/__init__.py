@@ -1,0 +1,128 @@
+"""Attention over listed key blocks: out = softmax(scale * q k^T, over the visible listed keys) v.
+
+Query i stands at position p = i + S - T. With L = kv_lengths[b] (S by default), key j of a listed
+block is visible to query i iff j < L; if causal, j <= p and p < L; with segment ids, those of
+j and p agree. A query that sees nothing has output 0, log-sum-exp -inf and gradient 0.
+
+Source: FlashAttention-2 (arXiv:2307.08691) over the block lists of Block-Sparse-Attention
+(Guo et al., 2024).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+from jaxtyping import Array, Float, Float32, Int32
+
+from sparseattn_jax.kernels.backends import (
+    Backend,
+    Implementation,
+    choose,
+    device_facts,
+    never_refuses,
+)
+from sparseattn_jax.kernels.block_sparse_attention import mosaic_sm90, xla
+from sparseattn_jax.kernels.block_sparse_attention.tiling import CallFacts
+
+_FORWARD: Mapping[Backend, Implementation[CallFacts]] = {
+    "mosaic_sm90": Implementation(mosaic_sm90.run, mosaic_sm90.refusal),
+    "xla": Implementation(xla.run, never_refuses),
+}
+_BACKWARD: Mapping[Backend, Implementation[CallFacts]] = {
+    "xla": Implementation(xla.run_vjp, never_refuses),
+}
+
+
+def block_sparse_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    kv_indices: Int32[Array, "B #N Tb M"],
+    kv_num_blocks: Int32[Array, "B #N Tb"],
+    *,
+    block_q: int,
+    block_kv: int,
+    is_causal: bool,
+    scale: float,
+    kv_lengths: Int32[Array, " B"] | None = None,
+    segment_ids: Int32[Array, "B S"] | None = None,
+    backend: Backend | None = None,
+) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]:
+    """Attends to the listed blocks; differentiable in q, k and v.
+
+    Args:
+        q: queries; head n reads kv head n // (N // K).
+        k: keys.
+        v: values.
+        kv_indices: the lists of `kernels/block_lists.py`, per query block, of key blocks.
+        kv_num_blocks: how many entries of each list count.
+        block_q: queries per query block.
+        block_kv: keys per key block.
+        is_causal: whether a query sees keys up to its own position only.
+        scale: factor of the logits.
+        kv_lengths: valid keys of each sequence, by default all.
+        segment_ids: per key position; a query sees keys of its own segment only.
+        backend: the forward's backend. The backward has `xla` alone, whatever the forward's.
+
+    Returns:
+        The output in q's dtype, and the natural log-sum-exp of the scaled logits.
+
+    Raises:
+        UnsupportedError: the named backend cannot run this call.
+    """
+    facts = CallFacts(
+        device=device_facts(q, k, v),
+        dtype=q.dtype,
+        head_dim=q.shape[-1],
+        block_q=block_q,
+        block_kv=block_kv,
+        has_segment_ids=segment_ids is not None,
+    )
+    call = _Call(
+        forward=choose(_FORWARD, backend, facts),
+        backward=choose(_BACKWARD, None, facts),
+        block_q=block_q,
+        block_kv=block_kv,
+        is_causal=is_causal,
+        scale=scale,
+    )
+    return _attend(call, q, k, v, kv_indices, kv_num_blocks, kv_lengths, segment_ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """The static part of a call."""
+
+    forward: Implementation[CallFacts]
+    backward: Implementation[CallFacts]
+    block_q: int
+    block_kv: int
+    is_causal: bool
+    scale: float
+
+    def options(self) -> dict[str, int | bool | float]:
+        return {
+            "block_q": self.block_q,
+            "block_kv": self.block_kv,
+            "is_causal": self.is_causal,
+            "scale": self.scale,
+        }
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(call: _Call, *operands: Array | None) -> tuple[Array, Array]:
+    return call.forward.run(*operands, **call.options())
+
+
+def _attend_fwd(call: _Call, *operands: Array | None) -> tuple[tuple[Array, Array], tuple]:
+    out, lse = _attend(call, *operands)
+    return (out, lse), (*operands, out, lse)
+
+
+def _attend_bwd(call: _Call, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
+    d_q, d_k, d_v = call.backward.run(*residuals, *cotangents, **call.options())
+    return d_q, d_k, d_v, None, None, None, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
