@@ -1,0 +1,202 @@
+"""Antidiagonal block scores in plain XLA: the meaning of the op, on any device.
+
+Reversing the queries inside their groups turns the antidiagonal sums into one matrix product of
+the groups' concatenated tokens, [rows, stride * H] times [columns, stride * H] transposed. It runs
+over tiles of query blocks, kv heads and sequences that are sized to the workspace.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32
+
+
+def run(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    kv_lengths: Int32[Array, " B"] | None,
+    *,
+    stride: int,
+    block_size: int,
+    is_causal: bool,
+    workspace_bytes: int,
+) -> Float32[Array, "B N Tb Sb"]:
+    """Block sums; the arguments are those of the op."""
+    batch, q_len, num_heads, head_dim = q.shape
+    kv_len, num_kv_heads = k.shape[1:3]
+    group, groups_per_block = num_heads // num_kv_heads, block_size // stride
+    num_q_blocks, num_kv_blocks = -(-q_len // block_size), -(-kv_len // block_size)
+    if kv_lengths is None:
+        kv_lengths = jnp.full(batch, kv_len, jnp.int32)
+    offset = kv_len - q_len if is_causal else None
+    q_lengths = jnp.full_like(kv_lengths, q_len)
+    if offset is not None:
+        q_lengths = jnp.minimum(q_lengths, kv_lengths - offset)
+    limits = _key_limits(q_lengths, kv_lengths, num_q_blocks * groups_per_block, stride, offset)
+    tile = _Tile.fit(q, k, stride, block_size, workspace_bytes)
+
+    def score_heads(index: Int32[Array, ""] | int) -> Float32[Array, "b n Tb Sb"]:
+        sequence, kv_head = divmod(index * tile.kv_heads, num_kv_heads)
+        keys = lax.dynamic_slice(
+            k, (sequence, 0, kv_head, 0), (tile.batch, kv_len, tile.kv_heads, head_dim)
+        )
+        lengths = lax.dynamic_slice(kv_lengths, (sequence,), (tile.batch,))
+        keys = _key_groups(keys, lengths, stride, num_kv_blocks * block_size)
+
+        def add_rows(scores: Array, first_block: Int32[Array, ""] | int, num_queries: int) -> Array:
+            first = first_block * block_size
+            queries = lax.dynamic_slice(
+                q,
+                (sequence, first, kv_head * group, 0),
+                (tile.batch, num_queries, tile.kv_heads * group, head_dim),
+            )
+            num_rows = -(-num_queries // block_size) * groups_per_block
+            lengths = lax.dynamic_slice(q_lengths, (sequence,), (tile.batch,)) - first
+            queries = _query_groups(queries, lengths, stride, num_rows, tile.kv_heads)
+            row_limits = lax.dynamic_slice(
+                limits, (sequence, first // stride), (tile.batch, num_rows)
+            )
+            new = _block_sums(queries, keys, row_limits, stride, groups_per_block)
+            return lax.dynamic_update_slice(scores, new, (0, 0, first_block, 0))
+
+        shape = (tile.batch, tile.kv_heads * group, num_q_blocks, num_kv_blocks)
+        return _over_q_blocks(
+            add_rows, jnp.zeros(shape, jnp.float32), q_len, block_size, tile.q_blocks
+        )
+
+    num_tiles = (batch // tile.batch) * (num_kv_heads // tile.kv_heads)
+    scores = score_heads(0) if num_tiles == 1 else lax.map(score_heads, jnp.arange(num_tiles))
+    return scores.reshape(batch, num_heads, num_q_blocks, num_kv_blocks)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Tile:
+    """What is scored at one time: one sequence or all, some kv heads, some query blocks."""
+
+    batch: int
+    kv_heads: int
+    q_blocks: int
+
+    @classmethod
+    def fit(cls, q: Array, k: Array, stride: int, block_size: int, workspace_bytes: int) -> "_Tile":
+        batch, q_len, num_heads, head_dim = q.shape
+        kv_len, num_kv_heads = k.shape[1:3]
+        columns = -(-kv_len // block_size) * (block_size // stride)
+        logits = 4 * columns * (block_size // stride) * (num_heads // num_kv_heads)
+        keys = columns * stride * head_dim * k.dtype.itemsize
+        heads_that_fit = max(1, workspace_bytes // (logits + keys))
+        if heads_that_fit >= batch * num_kv_heads:
+            sequences, kv_heads = batch, num_kv_heads
+        else:
+            sequences = 1
+            kv_heads = max(
+                heads
+                for heads in range(1, min(heads_that_fit, num_kv_heads) + 1)
+                if num_kv_heads % heads == 0
+            )
+        room = workspace_bytes // (sequences * kv_heads) - keys
+        q_blocks = min(max(1, room // logits), max(1, q_len // block_size))
+        return cls(batch=sequences, kv_heads=kv_heads, q_blocks=q_blocks)
+
+
+def _key_limits(
+    q_lengths: Int32[Array, " B"],
+    kv_lengths: Int32[Array, " B"],
+    num_groups: int,
+    stride: int,
+    offset: int | None,
+) -> Int32[Array, "B rows"]:
+    """For each query group, the position that the first key of a visible key group lies before.
+
+    `offset` is the first query's position, or None if queries see all keys.
+    """
+    first = jnp.arange(num_groups, dtype=jnp.int32)[None, :] * stride
+    ends = q_lengths[:, None]
+    limits = kv_lengths[:, None] if offset is None else jnp.minimum(first + stride, ends) + offset
+    return jnp.where(first < ends, limits, 0)
+
+
+def _key_groups(
+    keys: Float[Array, "b S k H"], lengths: Int32[Array, " b"], stride: int, padded_len: int
+) -> Float[Array, "b k columns sH"]:
+    """Concatenates each key group's tokens; padding becomes zeros."""
+    batch, kv_len, heads, head_dim = keys.shape
+    is_valid = jnp.arange(kv_len)[None, :] < lengths[:, None]
+    keys = jnp.where(is_valid[:, :, None, None], keys, jnp.zeros_like(keys))
+    keys = jnp.pad(keys, ((0, 0), (0, padded_len - kv_len), (0, 0), (0, 0)))
+    keys = keys.reshape(batch, padded_len // stride, stride, heads, head_dim)
+    return keys.transpose(0, 3, 1, 2, 4).reshape(batch, heads, padded_len // stride, -1)
+
+
+def _query_groups(
+    queries: Float[Array, "b t n H"],
+    lengths: Int32[Array, " b"],
+    stride: int,
+    num_rows: int,
+    kv_heads: int,
+) -> Float[Array, "b k g rows sH"]:
+    """Concatenates each query group's tokens, last one first; padding becomes zeros."""
+    batch, q_len, heads, head_dim = queries.shape
+    is_valid = jnp.arange(q_len)[None, :] < lengths[:, None]
+    queries = jnp.where(is_valid[:, :, None, None], queries, jnp.zeros_like(queries))
+    queries = jnp.pad(queries, ((0, 0), (0, num_rows * stride - q_len), (0, 0), (0, 0)))
+    queries = queries.reshape(batch, num_rows, stride, kv_heads, heads // kv_heads, head_dim)
+    queries = jnp.flip(queries, axis=2).transpose(0, 3, 4, 1, 2, 5)
+    return queries.reshape(batch, kv_heads, heads // kv_heads, num_rows, -1)
+
+
+def _block_sums(
+    queries: Float[Array, "b k g rows sH"],
+    keys: Float[Array, "b k columns sH"],
+    limits: Int32[Array, "b rows"],
+    stride: int,
+    groups_per_block: int,
+) -> Float32[Array, "b n q_blocks Sb"]:
+    """Softmax over the visible key groups of each row, summed over blocks."""
+    batch, kv_heads, group, num_rows, width = queries.shape
+    head_dim = width // stride
+    # float32 operands must not be rounded to tf32; narrower ones multiply exactly as they are.
+    precision = lax.Precision.HIGHEST if queries.dtype == jnp.float32 else None
+    logits = jnp.einsum(
+        "bkgrd,bkcd->bkgrc",
+        queries,
+        keys,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    sees = jnp.arange(keys.shape[2])[None, None, :] * stride < limits[:, :, None]
+    logits = jnp.where(sees[:, None, None], logits * (head_dim**-0.5 / stride), -jnp.inf)
+    row_max = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - jnp.where(jnp.isneginf(row_max), 0.0, row_max))
+    weights = weights.reshape(*weights.shape[:-1], -1, groups_per_block).sum(axis=-1)
+    totals = weights.sum(axis=-1, keepdims=True)
+    weights = weights / jnp.where(totals == 0.0, 1.0, totals)
+    num_q_blocks = num_rows // groups_per_block
+    return weights.reshape(
+        batch, kv_heads * group, num_q_blocks, groups_per_block, weights.shape[-1]
+    ).sum(axis=3)
+
+
+def _over_q_blocks(
+    add_rows,
+    scores: Float32[Array, "b n Tb Sb"],
+    q_len: int,
+    block_size: int,
+    blocks_per_step: int,
+) -> Float32[Array, "b n Tb Sb"]:
+    """Fills the scores of all query blocks: the whole ones in equal steps, then a partial one."""
+    whole = q_len // block_size
+    if whole:
+        num_steps = -(-whole // blocks_per_step)
+        size = -(-whole // num_steps)
+
+        def step(index: Int32[Array, ""] | int, scores: Array) -> Array:
+            # The last step moves back to end at the last whole block: it rewrites equal values.
+            first_block = jnp.minimum(index * size, whole - size)
+            return add_rows(scores, first_block, size * block_size)
+
+        scores = lax.fori_loop(0, num_steps, step, scores)
+    if q_len % block_size:
+        scores = add_rows(scores, whole, q_len % block_size)
+    return scores

@@ -1,0 +1,150 @@
+"""Antidiagonal scores in XLA against the formula."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparseattn_jax.kernels.antidiagonal_scores import antidiagonal_scores
+from sparseattn_jax.kernels.backends import UnsupportedError
+from tests.oracles import xattention as oracle
+
+
+def draw(B=1, T=40, S=40, N=2, K=1, H=8, seed=0):
+    """Queries and keys whose logits spread enough that the softmax is far from flat."""
+    rng = np.random.default_rng(seed)
+    q, k = rng.normal(size=(B, T, N, H)), rng.normal(size=(B, S, K, H))
+    return jnp.array(2.5 * q, jnp.float32), jnp.array(2.5 * k, jnp.float32)
+
+
+def score(q, k, *, kv_lengths=None, **settings):
+    lengths = None if kv_lengths is None else jnp.array(kv_lengths, jnp.int32)
+    function = functools.partial(antidiagonal_scores, **settings)
+    return jax.jit(function)(q, k, kv_lengths=lengths)
+
+
+CASES = {
+    "square": ({}, {}),
+    "odd-length": ({"T": 37, "S": 37}, {}),
+    "shorter-than-a-group": ({"T": 3, "S": 3}, {}),
+    "shorter-than-a-block": ({"T": 11, "S": 11}, {}),
+    "T<S-aligned": ({"T": 24}, {}),
+    "T<S-unaligned": ({"T": 21, "S": 46}, {}),
+    "one-query": ({"T": 1}, {}),
+    "non-causal": ({"T": 37, "S": 61}, {"is_causal": False}),
+    "non-causal-T>S": ({"T": 37, "S": 21}, {"is_causal": False}),
+    "gqa-3:1": ({"N": 6, "K": 2}, {}),
+    "stride-8": ({"T": 37, "S": 61}, {"stride": 8}),
+    "stride-16": ({"T": 70, "S": 93}, {"stride": 16, "block_size": 32}),
+    "block-64": ({"T": 100, "S": 150}, {"block_size": 64}),
+    "block-128": ({"T": 100, "S": 150}, {"block_size": 128, "stride": 16}),
+    "lengths": ({"B": 3}, {"kv_lengths": [40, 22, 0]}),
+    "lengths-T<S": ({"B": 3, "T": 21}, {"kv_lengths": [39, 25, 10]}),
+    "lengths-non-causal": ({"B": 3, "T": 21}, {"kv_lengths": [39, 6, 0], "is_causal": False}),
+}
+
+
+@pytest.mark.parametrize(("shape", "settings"), CASES.values(), ids=CASES)
+def test_equals_the_formula(shape: dict, settings: dict):
+    q, k = draw(**shape)
+    settings = {"stride": 4, "block_size": 16, "is_causal": True} | settings
+    scores = score(q, k, **settings)
+    assert scores.dtype == jnp.float32
+    expected = oracle.antidiagonal_scores(q, k, **settings)
+    np.testing.assert_allclose(scores, expected, atol=3e-6)
+
+
+@given(
+    T=st.integers(1, 40),
+    extra=st.integers(0, 30),
+    heads=st.sampled_from([(1, 1), (4, 2), (3, 1)]),
+    stride=st.sampled_from([2, 4, 8]),
+    is_causal=st.booleans(),
+    data=st.data(),
+)
+def test_any_shape_equals_the_formula(T, extra, heads, stride, is_causal, data):
+    S = T + extra
+    lengths = data.draw(st.none() | st.lists(st.integers(0, S), min_size=2, max_size=2))
+    q, k = draw(B=2, T=T, S=S, N=heads[0], K=heads[1], H=4)
+    settings = {"stride": stride, "block_size": 8, "is_causal": is_causal, "kv_lengths": lengths}
+    expected = oracle.antidiagonal_scores(q, k, **settings)
+    np.testing.assert_allclose(score(q, k, **settings), expected, atol=3e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "fp16"])
+def test_narrow_operands_are_summed_in_float32(dtype):
+    q, k = (x.astype(dtype) for x in draw(T=37, S=61))
+    scores = score(q, k, stride=4, block_size=16, is_causal=True)
+    assert scores.dtype == jnp.float32
+    expected = oracle.antidiagonal_scores(q, k, stride=4, block_size=16, is_causal=True)
+    np.testing.assert_allclose(scores, expected, atol=3e-6)
+
+
+@pytest.mark.parametrize("workspace_bytes", [1, 30_000, 60_000, 120_000])
+def test_the_workspace_does_not_change_the_result(workspace_bytes: int):
+    # From one query block of one head at a time to all at once; 5 whole blocks and a partial one.
+    q, k = draw(B=2, T=85, S=100, N=6, K=2)
+    settings = {"stride": 4, "block_size": 16, "is_causal": True, "kv_lengths": [100, 61]}
+    expected = oracle.antidiagonal_scores(q, k, **settings)
+    scores = score(q, k, workspace_bytes=workspace_bytes, **settings)
+    np.testing.assert_allclose(scores, expected, atol=3e-6)
+
+
+def test_the_workspace_bounds_the_memory():
+    T, N, stride, workspace_bytes = 2048, 8, 4, 2**20
+    q, k = (jax.ShapeDtypeStruct((1, T, heads, 16), jnp.float32) for heads in (N, 2))
+    function = functools.partial(
+        antidiagonal_scores,
+        stride=stride,
+        block_size=64,
+        is_causal=True,
+        workspace_bytes=workspace_bytes,
+    )
+    memory = jax.jit(function).lower(q, k).compile().memory_analysis()
+    all_logits = 4 * N * (T // stride) ** 2
+    assert all_logits == 8 * workspace_bytes
+    assert memory.temp_size_in_bytes < 3 * workspace_bytes
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
+def test_a_padded_batch_equals_each_sequence_alone(is_causal: bool):
+    q, k = draw(B=3, T=45, S=45, N=4, K=2)
+    lengths = [45, 30, 7]
+    settings = {"stride": 4, "block_size": 16, "is_causal": is_causal}
+    # What padding holds must not matter.
+    for b, length in enumerate(lengths):
+        k = k.at[b, length:].set(jnp.nan)
+        q = q.at[b, length:].set(jnp.nan) if is_causal else q
+    scores = np.array(score(q, k, kv_lengths=lengths, **settings))
+    for b, length in enumerate(lengths):
+        end = length if is_causal else 45
+        alone = score(q[b : b + 1, :end], k[b : b + 1, :length], **settings)[0]
+        rows, columns = alone.shape[1:]
+        np.testing.assert_allclose(scores[b, :, :rows, :columns], alone, atol=1e-6)
+        scores[b, :, :rows, :columns] = 0.0
+    np.testing.assert_array_equal(scores, 0.0)
+
+
+def test_rows_sum_to_the_groups_of_the_block():
+    q, k = draw(T=37, S=61)
+    scores = score(q, k, stride=4, block_size=16, is_causal=True)
+    np.testing.assert_allclose(scores.sum(axis=-1), [[[4, 4, 2]] * 2], rtol=1e-6)
+
+
+def test_works_under_vmap_and_has_no_gradient():
+    q, k = draw(B=2)
+    function = functools.partial(antidiagonal_scores, stride=4, block_size=16, is_causal=True)
+    mapped = jax.jit(jax.vmap(lambda q, k: function(q[None], k[None])[0]))(q, k)
+    np.testing.assert_allclose(mapped, jax.jit(function)(q, k), atol=1e-6)
+    gradient = jax.jit(jax.grad(lambda q: function(q, k)[0, 0, 2, 0]))(q)
+    np.testing.assert_array_equal(gradient, 0.0)
+
+
+def test_an_unknown_backend_is_refused():
+    q, k = draw()
+    with pytest.raises(UnsupportedError, match="backend='cudnn': this op has xla"):
+        antidiagonal_scores(q, k, stride=4, block_size=16, is_causal=True, backend="cudnn")
