@@ -268,6 +268,6 @@ def _from_blocks(blocks: Array, length: int) -> Array:
 
 
 def _matmul(equation: str, a: Array, b: Array) -> Float32[Array, "..."]:
-    return jnp.einsum(
-        equation, a.astype(jnp.float32), b.astype(jnp.float32), preferred_element_type=jnp.float32
-    )
+    # float32 operands must not be rounded to tf32; narrower ones multiply exactly as they are.
+    precision = lax.Precision.HIGHEST if b.dtype == jnp.float32 else None
+    return jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32), precision=precision)

@@ -1,0 +1,203 @@
+"""Prefill attention: select key blocks with a strategy, then attend to them."""
+
+from jaxtyping import Array, Float, Float32, Int32
+
+from sparseattn_jax.block_mask import BlockMask
+from sparseattn_jax.checks import (
+    check_block_mask,
+    check_causal,
+    check_kv,
+    check_kv_lengths,
+    check_qk,
+    check_segment_ids,
+    checked,
+)
+from sparseattn_jax.kernels import block_sparse_attention as kernel
+from sparseattn_jax.kernels.backends import Backend
+from sparseattn_jax.pattern import SparsePattern
+from sparseattn_jax.strategies.protocol import Strategy
+from sparseattn_jax.strategies.xattention import XAttention
+
+type AttentionResult = (
+    Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]
+)
+"""The output, or (output, natural log-sum-exp of the scaled logits) where `return_lse` is set."""
+
+
+@checked(check_qk, check_kv, check_causal, check_kv_lengths, check_segment_ids)
+def xattention_prefill(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    threshold: float | Float32[Array, " N"] = 0.95,
+    stride: int = 16,
+    block_size: int = 128,
+    is_causal: bool = True,
+    kv_lengths: Int32[Array, " B"] | None = None,
+    segment_ids: Int32[Array, "B S"] | None = None,
+    return_lse: bool = False,
+    backend: Backend | None = None,
+) -> AttentionResult:
+    """Attention over the key blocks that antidiagonal scores select (arXiv:2503.16428).
+
+    Args:
+        q: queries, at the end of the keys if causal. Head n reads kv head n // (N // K).
+        k: keys.
+        v: values.
+        threshold: share of the estimated softmax mass to keep, in [0, 1]; one for all heads or
+            one per head. 1 keeps every visible block, 0 the first and the diagonal ones.
+        stride: tokens per antidiagonal; divides block_size. Scoring costs 1/stride of q k^T.
+        block_size: queries and keys per block.
+        is_causal: whether a query sees keys up to its own position only.
+        kv_lengths: valid keys of each sequence; the rest is padding.
+        segment_ids: packed sequences; XAttention does not take them yet.
+        return_lse: whether to return the log-sum-exp too.
+        backend: see `prefill_attention`.
+
+    Returns:
+        The output in q's dtype, or (output, log-sum-exp).
+
+    Raises:
+        ValueError: an argument is out of range or does not fit the others.
+        UnsupportedError: the named backend, or packed sequences, cannot be run.
+    """
+    strategy = XAttention(threshold=threshold, stride=stride, block_size=block_size)
+    return prefill_attention(
+        q,
+        k,
+        v,
+        strategy,
+        is_causal=is_causal,
+        kv_lengths=kv_lengths,
+        segment_ids=segment_ids,
+        return_lse=return_lse,
+        backend=backend,
+    )
+
+
+@checked(check_qk, check_kv, check_causal, check_kv_lengths, check_segment_ids)
+def prefill_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    strategy: Strategy,
+    *,
+    is_causal: bool = True,
+    kv_lengths: Int32[Array, " B"] | None = None,
+    segment_ids: Int32[Array, "B S"] | None = None,
+    return_lse: bool = False,
+    backend: Backend | None = None,
+) -> AttentionResult:
+    """Attention over the keys that a strategy selects, differentiable in q, k and v.
+
+    Args:
+        q: queries, at the end of the keys if causal. Head n reads kv head n // (N // K).
+        k: keys.
+        v: values.
+        strategy: selects the keys; the selection has no gradient.
+        is_causal: whether a query sees keys up to its own position only.
+        kv_lengths: valid keys of each sequence; the rest is padding.
+        segment_ids: a query sees keys of its own segment only.
+        return_lse: whether to return the log-sum-exp too.
+        backend: of the attention; the selection takes the best backend that runs.
+
+    Returns:
+        The output in q's dtype, or (output, log-sum-exp).
+
+    Raises:
+        ValueError: an argument is out of range or does not fit the others.
+        UnsupportedError: the named backend cannot run this call.
+    """
+    pattern = strategy.select(
+        q, k, is_causal=is_causal, kv_lengths=kv_lengths, segment_ids=segment_ids
+    )
+    return sparse_attention(
+        q,
+        k,
+        v,
+        pattern,
+        kv_lengths=kv_lengths,
+        segment_ids=segment_ids,
+        return_lse=return_lse,
+        backend=backend,
+    )
+
+
+@checked(check_qk, check_kv, check_kv_lengths, check_segment_ids)
+def sparse_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    pattern: SparsePattern,
+    *,
+    scale: float | None = None,
+    kv_lengths: Int32[Array, " B"] | None = None,
+    segment_ids: Int32[Array, "B S"] | None = None,
+    return_lse: bool = False,
+    backend: Backend | None = None,
+) -> AttentionResult:
+    """Attention over a pattern that a strategy selected; see `block_sparse_attention`."""
+    return block_sparse_attention(
+        q,
+        k,
+        v,
+        pattern.blocks,
+        scale=scale,
+        kv_lengths=kv_lengths,
+        segment_ids=segment_ids,
+        return_lse=return_lse,
+        backend=backend,
+    )
+
+
+@checked(check_qk, check_kv, check_kv_lengths, check_segment_ids, check_block_mask)
+def block_sparse_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    block_mask: BlockMask,
+    *,
+    scale: float | None = None,
+    kv_lengths: Int32[Array, " B"] | None = None,
+    segment_ids: Int32[Array, "B S"] | None = None,
+    return_lse: bool = False,
+    backend: Backend | None = None,
+) -> AttentionResult:
+    """Attention over the listed blocks; cost and gradients in proportion to their number.
+
+    Args:
+        q: queries, at the end of the keys if the mask is causal. Head n reads kv head
+            n // (N // K).
+        k: keys.
+        v: values.
+        block_mask: the listed blocks. A query that sees no key has output 0, log-sum-exp -inf.
+        scale: factor of the logits, by default head_dim ** -0.5.
+        kv_lengths: valid keys of each sequence; the rest is padding. Of causal calls the queries
+            at padded positions are padding too and see nothing.
+        segment_ids: a query sees keys of its own segment only.
+        return_lse: whether to return the log-sum-exp too.
+        backend: of the forward. The backward runs in `xla` on every device.
+
+    Returns:
+        The output in q's dtype, or (output, log-sum-exp).
+
+    Raises:
+        ValueError: an argument does not fit the others, or the mask is of other lengths.
+        UnsupportedError: the named backend cannot run this call.
+    """
+    out, lse = kernel.block_sparse_attention(
+        q,
+        k,
+        v,
+        block_mask.kv_indices,
+        block_mask.kv_num_blocks,
+        block_q=block_mask.block_q,
+        block_kv=block_mask.block_kv,
+        is_causal=block_mask.is_causal,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        kv_lengths=kv_lengths,
+        segment_ids=segment_ids,
+        backend=backend,
+    )
+    return (out, lse) if return_lse else out

@@ -1,0 +1,14 @@
+"""The registry of strategies: a new one is a file here and a line below."""
+
+from collections.abc import Mapping
+
+from sparseattn_jax.strategies.full import Full
+from sparseattn_jax.strategies.protocol import Strategy
+from sparseattn_jax.strategies.streaming import Streaming
+from sparseattn_jax.strategies.xattention import XAttention
+
+STRATEGIES: Mapping[str, type[Strategy]] = {
+    "full": Full,
+    "streaming": Streaming,
+    "xattention": XAttention,
+}

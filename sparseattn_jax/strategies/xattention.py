@@ -1,0 +1,118 @@
+"""XAttention: blocks by the softmax mass of their antidiagonals."""
+
+import dataclasses
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int32
+
+from sparseattn_jax.checks import (
+    check_causal,
+    check_kv_lengths,
+    check_positive,
+    check_qk,
+    check_segment_ids,
+    checked,
+    concrete,
+)
+from sparseattn_jax.kernels.antidiagonal_scores import antidiagonal_scores
+from sparseattn_jax.kernels.backends import Backend, UnsupportedError
+from sparseattn_jax.pattern import SparsePattern
+from sparseattn_jax.selection import num_forced_blocks, select_cumulative
+
+
+def _check_parameters(self: "XAttention", q: jax.Array, k: jax.Array, is_causal: bool) -> None:
+    check_positive(stride=self.stride, block_size=self.block_size)
+    if self.block_size % self.stride:
+        raise ValueError(
+            f"stride={self.stride} must divide block_size={self.block_size}; "
+            "the paper's strides are 4, 8 and 16"
+        )
+    if np.shape(self.threshold) not in ((), (q.shape[2],)):
+        raise ValueError(
+            f"threshold has shape {np.shape(self.threshold)}; "
+            f"pass a scalar, or one per query head, of shape ({q.shape[2]},)"
+        )
+    threshold = concrete(self.threshold)
+    if threshold is not None and not np.all((threshold >= 0) & (threshold <= 1)):
+        raise ValueError(
+            f"threshold={threshold.tolist()} must lie in [0, 1]: it is the share of the softmax "
+            "mass to keep"
+        )
+    if self.max_blocks is None:
+        return
+    least = max(1, num_forced_blocks(q.shape[1], k.shape[1], self.block_size, is_causal=is_causal))
+    if self.max_blocks < least:
+        raise ValueError(
+            f"max_blocks={self.max_blocks} must be at least {least}, to hold the first block and "
+            "the diagonal of each row; raise it, or pass None for no limit"
+        )
+
+
+@jax.tree_util.register_dataclass
+@typing.no_type_check  # a pytree is rebuilt from tracers, shapes and batched leaves
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class XAttention:
+    """Antidiagonal block scoring and cumulative selection, arXiv:2503.16428 section 2.
+
+    Blocks are scored by `kernels/antidiagonal_scores` and listed per query head by
+    `kernels/select_blocks`. Causal rows keep the first block and their diagonal in any case, with
+    their mass counted towards the threshold.
+
+    Attributes:
+        threshold: share of the estimated softmax mass to keep, in [0, 1]; one for all heads or
+            one per query head. 1 keeps every visible block, 0 the forced ones.
+        stride: tokens per antidiagonal; divides block_size. Scoring costs 1/stride of q k^T.
+        block_size: queries and keys per block.
+        max_blocks: capacity of a row's list, by default no limit. A row that selects more keeps
+            its forced blocks and the highest-scored; `SparsePattern.num_dropped` counts the rest.
+    """
+
+    threshold: float | Float32[Array, " N"] = 0.95
+    stride: int = dataclasses.field(default=16, metadata={"static": True})
+    block_size: int = dataclasses.field(default=128, metadata={"static": True})
+    max_blocks: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @checked(check_qk, check_causal, _check_parameters, check_kv_lengths, check_segment_ids)
+    def select(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        *,
+        is_causal: bool = True,
+        kv_lengths: Int32[Array, " B"] | None = None,
+        segment_ids: Int32[Array, "B S"] | None = None,
+        backend: Backend | None = None,
+    ) -> SparsePattern:
+        """Scores and selects; see `Strategy.select`."""
+        if segment_ids is not None:
+            raise UnsupportedError(
+                "XAttention does not take segment_ids: its scores would mix the packed sequences; "
+                "pass one sequence per batch row, with kv_lengths"
+            )
+        threshold = jnp.asarray(jax.lax.stop_gradient(self.threshold), jnp.float32)
+
+        def scores(q: Array, k: Array, kv_lengths: Array | None) -> Array:
+            return antidiagonal_scores(
+                q,
+                k,
+                stride=self.stride,
+                block_size=self.block_size,
+                is_causal=is_causal,
+                kv_lengths=kv_lengths,
+                backend=backend,
+            )
+
+        return select_cumulative(
+            scores,
+            jax.lax.stop_gradient(q),
+            jax.lax.stop_gradient(k),
+            jnp.broadcast_to(threshold, (q.shape[2],)),
+            block_size=self.block_size,
+            is_causal=is_causal,
+            kv_lengths=kv_lengths,
+            max_blocks=self.max_blocks,
+            backend=backend,
+        )
