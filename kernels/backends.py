@@ -20,10 +20,12 @@ class DeviceFacts:
     Attributes:
         platform: jax's name of the platform: "cpu", "gpu" or "tpu".
         compute_capability: (major, minor) of an NVIDIA GPU, else None.
+        multiprocessors: how many an NVIDIA GPU has, else None.
     """
 
     platform: str
     compute_capability: tuple[int, int] | None
+    multiprocessors: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,11 @@ def device_facts(*operands: jax.Array) -> DeviceFacts:
     if device.platform != "gpu" or capability is None:
         return DeviceFacts(platform=device.platform, compute_capability=None)
     major, minor = str(capability).split(".")
-    return DeviceFacts(platform="gpu", compute_capability=(int(major), int(minor)))
+    return DeviceFacts(
+        platform="gpu",
+        compute_capability=(int(major), int(minor)),
+        multiprocessors=device.core_count,
+    )
 
 
 def choose[Facts](

@@ -1,0 +1,629 @@
+"""Block-sparse attention on Hopper: FlashAttention-3's shape over block lists.
+
+One CTA per multiprocessor stays for the whole call; its workers go from query tile to query tile.
+A worker's last warpgroup loads: it reads the block lists and copies query, key and value tiles into
+rings in shared memory, running ahead into the next query tile. The others compute, each on 64 query
+rows. A step issues the scores of its key tile and the weighted values of the tile before, then does
+its softmax while the tensor cores are busy with those values. Two computing warpgroups take turns
+at the tensor cores, so that the softmax of one also runs beside the products of the other.
+(Shah et al., arXiv:2407.08608, sections 3.1 and 3.2.)
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32, Int32
+
+from sparseattn_jax.kernels.backends import device_facts
+from sparseattn_jax.kernels.block_sparse_attention import tiling
+from sparseattn_jax.kernels.mosaic import WARPGROUP_ROWS, Ring
+
+_MATRIX = plgpu.Layout.WGMMA
+_ROWS = plgpu.Layout.WGMMA.reduce(1)
+_LOG2_E = math.log2(math.e)
+_LN_2 = math.log(2.0)
+
+# Key/value heads whose keys and values fit here are worked on together: about two thirds of the L2
+# cache of an H100.
+_L2_BYTES = 32 * 2**20
+
+
+def refusal(facts: tiling.CallFacts) -> str | None:
+    """Why this kernel cannot take a call with these facts; None if it can."""
+    capability = facts.device.compute_capability
+    if capability is None or capability[0] != 9:
+        found = "no NVIDIA GPU" if capability is None else f"{capability[0]}.{capability[1]}"
+        return f"needs compute capability 9.x (Hopper), got {found}"
+    if facts.dtype not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
+        return f"needs bfloat16 or float16, got {jnp.dtype(facts.dtype).name}"
+    if facts.head_dim not in (64, 128, 256):
+        return f"needs head_dim 64, 128 or 256, got {facts.head_dim}"
+    if facts.block_q not in (64, 128) or facts.block_kv not in (64, 128):
+        return f"needs blocks of 64 or 128, got {facts.block_q}x{facts.block_kv}"
+    if facts.has_segment_ids:
+        return "takes no segment_ids yet"
+    return None
+
+
+def run(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    kv_indices: Int32[Array, "B #N Tb M"],
+    kv_num_blocks: Int32[Array, "B #N Tb"],
+    kv_lengths: Int32[Array, " B"] | None,
+    segment_ids: None,
+    *,
+    block_q: int,
+    block_kv: int,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]:
+    """The op of this folder, for calls that `refusal` lets through.
+
+    Lengths that are no multiple of 8 cost a copy of the arrays concerned.
+    """
+    del segment_ids
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    config = tiling.tile_config(H, block_q, block_kv)
+    call = _Call(
+        q_len=T,
+        kv_len=S,
+        q_heads=N,
+        kv_heads=K,
+        head_dim=H,
+        mask_heads=kv_indices.shape[1],
+        width=kv_indices.shape[-1],
+        block_q=block_q,
+        block_kv=block_kv,
+        is_causal=is_causal,
+        scale=scale,
+        num_tiles=B * N * pl.cdiv(T, block_q),
+        max_ctas=_multiprocessors(q, k, v),
+        config=config,
+    )
+    order = _tile_order(kv_num_blocks, N, K, kv_head_bytes=2 * S * H * k.dtype.itemsize)
+    lengths = jnp.full((B,), S, jnp.int32) if kv_lengths is None else kv_lengths
+    q, k, v = _whole_tiles(q), _whole_tiles(k), _whole_tiles(v)
+    out, lse = plgpu.kernel(
+        functools.partial(_kernel, call),
+        out_type=(
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((B, call.num_blocks * block_q, N), jnp.float32),
+        ),
+        scratch_types=tiling.scratch(config, H, q.dtype),
+        grid=(call.num_ctas,),
+        grid_names=("cta",),
+        num_threads=config.threads,
+        thread_name="warpgroup",
+        kernel_name="block_sparse_attention",
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+    )(q, k, v, kv_indices, kv_num_blocks, lengths, order)
+    return out[:, :T], lse[:, :T]
+
+
+def _whole_tiles(x: Float[Array, "B L heads H"]) -> Float[Array, "B L8 heads H"]:
+    """TMA moves tiles of 8 rows, and only whole ones lie within a sequence."""
+    missing = -x.shape[1] % 8
+    return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
+
+
+def _multiprocessors(*operands: jax.Array) -> int:
+    """Those of the device that will run; of an H100 where there is none, as when only lowering."""
+    return device_facts(*operands).multiprocessors or 132
+
+
+def _tile_order(
+    kv_num_blocks: Int32[Array, "B #N Tb"], q_heads: int, kv_heads: int, *, kv_head_bytes: int
+) -> Int32[Array, " tiles"]:
+    """Flat indices of the query tiles [B, N, Tb] in the order in which they are begun.
+
+    Key/value heads come in groups that fit the L2 cache together; within a group the longest
+    lists come first.
+    """
+    batch, _, num_blocks = kv_num_blocks.shape
+    counts = jnp.broadcast_to(kv_num_blocks, (batch, q_heads, num_blocks)).reshape(-1)
+    group = max(1, _L2_BYTES // kv_head_bytes) * (q_heads // kv_heads) * num_blocks
+    tiles = jnp.arange(counts.size, dtype=jnp.int32)
+    _, _, order = lax.sort((tiles // group, -counts, tiles), num_keys=2)
+    return order
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Call:
+    """What is static in a call."""
+
+    q_len: int
+    kv_len: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    mask_heads: int
+    width: int
+    block_q: int
+    block_kv: int
+    is_causal: bool
+    scale: float
+    num_tiles: int
+    max_ctas: int
+    config: tiling.TileConfig
+
+    @property
+    def num_blocks(self) -> int:
+        return pl.cdiv(self.q_len, self.block_q)
+
+    @property
+    def num_ctas(self) -> int:
+        return min(self.max_ctas, pl.cdiv(self.num_tiles, self.config.workers))
+
+    @property
+    def num_workers(self) -> int:
+        return self.num_ctas * self.config.workers
+
+    @property
+    def parts(self) -> int:
+        """Steps per listed block."""
+        return self.block_kv // self.config.kv_tile
+
+
+class _Gmem(NamedTuple):
+    """The kernel's arguments in global memory."""
+
+    q: Any
+    k: Any
+    v: Any
+    indices: Any
+    counts: Any
+    lengths: Any
+    order: Any
+    out: Any
+    lse: Any
+
+
+class _Tile(NamedTuple):
+    """One query tile and its list."""
+
+    batch: jax.Array
+    head: jax.Array
+    mask_head: jax.Array
+    block: jax.Array
+    steps: jax.Array
+    kv_length: jax.Array
+
+
+class _Softmax(NamedTuple):
+    """A row's running maximum of the scores, in base 2, and sum of the weights."""
+
+    maximum: jax.Array
+    total: jax.Array
+
+
+def _kernel(call: _Call, *gmem: Any, turn_barriers: Any, out_smem: Any, **rings: Any) -> None:
+    config = call.config
+    thread = lax.axis_index("warpgroup")
+    num_computing = config.workers * config.warpgroups
+    loads = thread >= num_computing
+    in_cta = jnp.where(loads, thread - num_computing, thread // config.warpgroups)
+    worker = functools.partial(
+        _Worker,
+        call=call,
+        gmem=_Gmem(*gmem),
+        index=lax.axis_index("cta") * config.workers + in_cta,
+        in_cta=in_cta,
+        q=_ring(rings, "q", config.warpgroups, in_cta),
+        k=_ring(rings, "k", config.k_stages, in_cta),
+        v=_ring(rings, "v", config.v_stages, in_cta),
+    )
+
+    @pl.when(thread < num_computing)
+    def _compute():
+        plgpu.set_max_registers(config.computing_registers, action="increase")
+        warpgroup = lax.rem(thread, jnp.int32(config.warpgroups))
+        turns = _Turns(turn_barriers, warpgroup, config.warpgroups)
+        worker().compute(turns, warpgroup, out_smem)
+
+    @pl.when(loads)
+    def _load():
+        plgpu.set_max_registers(tiling.LOADING_REGISTERS, action="decrease")
+        worker().load()
+
+
+def _ring(refs: dict[str, Any], name: str, stages: int, in_cta: jax.Array) -> Ring:
+    filled, freed = refs[f"{name}_barriers"]
+    return Ring(
+        slots=refs[f"{name}_smem"],
+        filled=filled,
+        freed=freed,
+        stages=stages,
+        first=in_cta * stages,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Worker:
+    """A loading warpgroup and the computing ones that it serves.
+
+    The ring of queries has one slot per computing warpgroup, each with its own rows.
+    """
+
+    call: _Call
+    gmem: _Gmem
+    index: jax.Array
+    in_cta: jax.Array
+    q: Ring
+    k: Ring
+    v: Ring
+
+    def load(self) -> None:
+        """Fills the rings with what the computing warpgroups will ask for, in that order."""
+        warpgroups = self.call.config.warpgroups
+
+        def load_tile(round_: jax.Array, step: jax.Array) -> jax.Array:
+            tile = self._tile(round_)
+            for part in range(warpgroups):
+                rows = self._rows(tile, part)
+                source = self.gmem.q.at[tile.batch, rows, tile.head]
+                self.q.fill(round_ * warpgroups + part, source)
+            return self._load_list(tile, step)
+
+        rounds = self._rounds()
+        steps = lax.fori_loop(0, rounds, load_tile, jnp.int32(0))
+        self.q.drain(rounds * warpgroups)
+        self.k.drain(steps)
+        self.v.drain(steps)
+
+    def _load_list(self, tile: _Tile, step: jax.Array) -> jax.Array:
+        """Loads keys one step ahead of values; returns the step after the list's last."""
+        call = self.call
+        kv_head = lax.div(tile.head, jnp.int32(call.q_heads // call.kv_heads))
+        visible_end = self._visible_end(tile)
+
+        def source(gmem: Any, start: jax.Array) -> Any:
+            keys = pl.ds(pl.multiple_of(start, call.config.kv_tile), call.config.kv_tile)
+            return gmem.at[tile.batch, keys, kv_head]
+
+        def load_step(carry):
+            j, start, previous = carry
+            following = self._kv_start(tile, j + 1)
+            self.k.fill(step + j, source(self.gmem.k, start))
+
+            @pl.when(j > 0)
+            def _load_values():
+                self.v.fill(step + j - 1, source(self.gmem.v, previous))
+
+            return j + 1, following, start
+
+        def more(carry):
+            return (carry[0] < tile.steps) & (carry[1] < visible_end)
+
+        begin = (jnp.int32(0), self._kv_start(tile, jnp.int32(0)), jnp.int32(0))
+        steps, _, last = lax.while_loop(more, load_step, begin)
+
+        @pl.when(steps > 0)
+        def _load_last_values():
+            self.v.fill(step + steps - 1, source(self.gmem.v, last))
+
+        return step + steps
+
+    def compute(self, turns: "_Turns", warpgroup: jax.Array, out_smem: Any) -> None:
+        """Works on the rows of one computing warpgroup."""
+        config = self.call.config
+
+        def compute_tile(round_: jax.Array, step: jax.Array) -> jax.Array:
+            tile = self._tile(round_)
+            q_step = round_ * config.warpgroups + warpgroup
+            self.q.wait(q_step)
+            row0 = tile.block * self.call.block_q + warpgroup * WARPGROUP_ROWS
+            rows = _Rows(self, tile, row0, q_step, turns)
+            acc, state, steps = rows.attend(step)
+            if config.separate_out:
+                out_tile = out_smem.at[self.in_cta * config.warpgroups + warpgroup]
+            else:
+                out_tile = self.q.tile(q_step)
+            rows.store(acc, state, out_tile)
+            if not config.separate_out:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                self.q.free(q_step)
+            return step + steps
+
+        turns.begin()
+        lax.fori_loop(0, self._rounds(), compute_tile, jnp.int32(0))
+        turns.end()
+        plgpu.wait_smem_to_gmem(0)
+
+    def _rounds(self) -> jax.Array:
+        call = self.call
+        whole = jnp.int32(call.num_tiles // call.num_workers)
+        return whole + (self._place(whole) < call.num_tiles).astype(jnp.int32)
+
+    def _place(self, round_: jax.Array) -> jax.Array:
+        """Where in the order this worker's tile of a round stands: back and forth, for balance."""
+        last = self.call.num_workers - 1
+        within = jnp.where(lax.rem(round_, jnp.int32(2)) == 0, self.index, last - self.index)
+        return round_ * self.call.num_workers + within
+
+    def _tile(self, round_: jax.Array) -> _Tile:
+        call = self.call
+        row, block = _divmod(self.gmem.order[self._place(round_)], call.num_blocks)
+        batch, head = _divmod(row, call.q_heads)
+        mask_head = head if call.mask_heads > 1 else jnp.int32(0)
+        steps = self.gmem.counts[batch, mask_head, block] * call.parts
+        return _Tile(batch, head, mask_head, block, steps, self.gmem.lengths[batch])
+
+    def _rows(self, tile: _Tile, part: int) -> Any:
+        return pl.ds(tile.block * self.call.block_q + part * WARPGROUP_ROWS, WARPGROUP_ROWS)
+
+    def _visible_end(self, tile: _Tile) -> jax.Array:
+        """No query of the tile sees a key from there on."""
+        if not self.call.is_causal:
+            return tile.kv_length
+        first = tile.block * self.call.block_q + self.call.kv_len - self.call.q_len
+        end = jnp.minimum(first + self.call.block_q, tile.kv_length)
+        return jnp.where(first < tile.kv_length, end, 0)
+
+    def _kv_start(self, tile: _Tile, j: jax.Array) -> jax.Array:
+        """The first key of step j of a tile's list; of any step where the list is over."""
+        listed, part = _divmod(j, self.call.parts)
+        entry = jnp.minimum(listed, self.call.width - 1)
+        block = self.gmem.indices[tile.batch, tile.mask_head, tile.block, entry]
+        return block * self.call.block_kv + part * self.call.config.kv_tile
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """The attention of 64 query rows, by one computing warpgroup.
+
+    Keys are visible below a limit per row, so that in an ascending list the tiles that every row
+    sees whole come first, then those that need a mask, then those that no row sees.
+    """
+
+    worker: _Worker
+    tile: _Tile
+    row0: jax.Array
+    q_step: jax.Array
+    turns: "_Turns"
+
+    @property
+    def call(self) -> _Call:
+        return self.worker.call
+
+    def attend(self, step: jax.Array) -> tuple[jax.Array, _Softmax, jax.Array]:
+        """(unnormalised output, softmax state, steps taken), from this step of the rings on."""
+        worker, tile = self.worker, self.tile
+        visible_end = worker._visible_end(tile)
+        full_end = self._full_end()
+        zeros = jnp.zeros((WARPGROUP_ROWS, self.call.head_dim), jnp.float32)
+        no_values = plgpu.layout_cast(zeros, _MATRIX)
+
+        def more(j: jax.Array, start: jax.Array, *_: Any) -> jax.Array:
+            return (j < tile.steps) & (start < visible_end)
+
+        def more_unmasked(j: jax.Array, start: jax.Array, *_: Any) -> jax.Array:
+            return (j < tile.steps) & (start + self.call.config.kv_tile <= full_end)
+
+        def wait_for_keys(j: jax.Array, start: jax.Array) -> None:
+            @pl.when(more(j, start))
+            def _wait():
+                worker.k.wait(step + j)
+
+        def advance(mask: Callable[..., jax.Array] | None, carry: Any) -> Any:
+            j, start, *state = carry
+            following = worker._kv_start(tile, j + 1)
+            before_values = functools.partial(wait_for_keys, j + 1, following)
+            mask_here = mask and functools.partial(mask, start)
+            return j + 1, following, *self._step(step + j, *state, mask_here, before_values)
+
+        def some() -> tuple[Any, ...]:
+            start = worker._kv_start(tile, jnp.int32(0))
+            second = worker._kv_start(tile, jnp.int32(1))
+            softmax, weights = self._first_step(step, start, start + kv_tile > full_end)
+            wait_for_keys(jnp.int32(1), second)
+            carry = (jnp.int32(1), second, no_values, softmax, weights)
+            carry = lax.while_loop(
+                lambda c: more_unmasked(*c), functools.partial(advance, None), carry
+            )
+            carry = lax.while_loop(
+                lambda c: more(*c), functools.partial(advance, self._mask), carry
+            )
+            j, _, values, softmax, weights = carry
+            self._free_queries()
+            return self._last_values(step + j - 1, values, weights), softmax, j
+
+        def none() -> tuple[Any, ...]:
+            self._free_queries()
+            return no_values, _Softmax(_row_vector(-jnp.inf), _row_vector(0.0)), jnp.int32(0)
+
+        kv_tile = self.call.config.kv_tile
+        visible = more(jnp.int32(0), worker._kv_start(tile, jnp.int32(0)))
+        return lax.cond(visible, some, none)
+
+    def store(self, acc: jax.Array, softmax: _Softmax, out_tile: Any) -> None:
+        """Writes output, by way of `out_tile`, and log-sum-exp; rows past the end fall away."""
+        maximum, total = softmax
+        inverse = jnp.where(total > 0, 1 / total, 0.0)
+        out = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
+        rows = pl.ds(self.row0, WARPGROUP_ROWS)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        out_tile[...] = out.astype(out_tile.dtype)
+        plgpu.commit_smem()
+        gmem = self.worker.gmem
+        plgpu.copy_smem_to_gmem(out_tile, gmem.out.at[self.tile.batch, rows, self.tile.head])
+        gmem.lse[self.tile.batch, rows, self.tile.head] = maximum * _LN_2 + jnp.log(total)
+
+    def _free_queries(self) -> None:
+        if self.call.config.separate_out:
+            self.worker.q.free(self.q_step)
+
+    def _first_step(self, step: jax.Array, start: jax.Array, partial: jax.Array):
+        """Softmax state and weights of a list's first tile."""
+        k = self.worker.k
+
+        def products(scores_acc: Any) -> jax.Array:
+            k.wait(step)
+            plgpu.wgmma(scores_acc, self._queries(), k.tile(step).T)
+            return scores_acc[...]
+
+        scores = pl.run_scoped(products, self._scores_acc())
+        k.free(step)
+        mask = functools.partial(self._mask, start)
+        scores = lax.cond(partial, mask, lambda scores: scores, scores)
+        empty = _Softmax(_row_vector(-jnp.inf), _row_vector(0.0))
+        softmax, weights, _ = self._softmax(empty, scores, may_be_empty=True)
+        return softmax, weights.astype(self._dtype)
+
+    def _step(
+        self,
+        step: jax.Array,
+        values: jax.Array,
+        softmax: _Softmax,
+        weights: jax.Array,
+        mask: Callable[[jax.Array], jax.Array] | None,
+        before_values: Callable[[], None],
+    ) -> tuple[jax.Array, _Softmax, jax.Array]:
+        """The scores and softmax of this tile, the weighted values of the tile before.
+
+        The keys of this step have been waited for; `before_values` waits for those of the next.
+        """
+        k, v = self.worker.k, self.worker.v
+
+        def products(scores_acc: Any, values_acc: Any):
+            values_acc[...] = values
+            self.turns.take()
+            plgpu.wgmma(scores_acc, self._queries(), k.tile(step).T)
+            v.wait(step - 1)
+            plgpu.wgmma(values_acc, weights, v.tile(step - 1))
+            self.turns.give()
+            scores = plgpu.wgmma_accumulator_load(scores_acc, wait_n=1)
+            k.free(step)
+            if mask is not None:
+                scores = mask(scores)
+            # Without the barrier and the branch of the wait, compilers move the softmax past the
+            # wait for the values, where no product runs beside it.
+            results = self._softmax(softmax, scores, may_be_empty=mask is not None)
+            new_softmax, new_weights, decay = lax.optimization_barrier(results)
+            before_values()
+            new_values = values_acc[...]
+            v.free(step - 1)
+            # Not before: the registers of the old weights were being read.
+            new_weights = new_weights.astype(self._dtype)
+            return (
+                new_values * lax.broadcast_in_dim(decay, values.shape, [0]),
+                new_softmax,
+                new_weights,
+            )
+
+        return pl.run_scoped(products, self._scores_acc(), self._values_acc())
+
+    def _last_values(self, step: jax.Array, values: jax.Array, weights: jax.Array) -> jax.Array:
+        v = self.worker.v
+
+        def products(values_acc: Any) -> jax.Array:
+            values_acc[...] = values
+            v.wait(step)
+            plgpu.wgmma(values_acc, weights, v.tile(step))
+            return values_acc[...]
+
+        values = pl.run_scoped(products, self._values_acc())
+        v.free(step)
+        return values
+
+    def _softmax(self, softmax: _Softmax, scores: jax.Array, *, may_be_empty: bool):
+        """(new state, weights, what earlier weights shrink by) of the online softmax."""
+        factor = self.call.scale * _LOG2_E
+        maximum = jnp.maximum(softmax.maximum, scores.max(axis=1) * factor)
+        shift = jnp.where(maximum == -jnp.inf, 0.0, maximum) if may_be_empty else maximum
+        weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(shift, scores.shape, [0]))
+        decay = jnp.exp2(softmax.maximum - shift)
+        total = softmax.total * decay + weights.sum(axis=1)
+        return _Softmax(maximum, total), weights, decay
+
+    def _full_end(self) -> jax.Array:
+        """Every row sees all keys before there."""
+        call, kv_length = self.call, self.tile.kv_length
+        if not call.is_causal:
+            return kv_length
+        first = self.row0 + call.kv_len - call.q_len
+        last = jnp.minimum(first + WARPGROUP_ROWS, call.kv_len) - 1
+        return jnp.where(last < kv_length, first + 1, 0)
+
+    def _mask(self, start: jax.Array, scores: jax.Array) -> jax.Array:
+        """`scores`, -inf at the keys that a row does not see."""
+        call = self.call
+        limit = self.tile.kv_length
+        if call.is_causal:
+            row = plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=_ROWS)
+            position = row + (self.row0 + call.kv_len - call.q_len)
+            limit = jnp.where(position < limit, position + 1, 0)
+            limit = lax.broadcast_in_dim(limit, scores.shape, [0])
+        column = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=_MATRIX)
+        # column < limit - start. The columns in a thread's registers differ by multiples of 8: in
+        # this form few values meet constants, where the compiler would hoist all the columns.
+        within = jnp.bitwise_and(column, 7)
+        return jnp.where(column - within < limit - start - within, scores, -jnp.inf)
+
+    def _queries(self) -> Any:
+        step = self.q_step
+        if self.call.head_dim == 256:
+            # Opaque, or the compiler keeps the addresses of all 16 parts in registers.
+            step = lax.optimization_barrier(step)
+        return self.worker.q.tile(step)
+
+    @property
+    def _dtype(self) -> jnp.dtype:
+        return self.worker.gmem.q.dtype
+
+    def _scores_acc(self) -> Any:
+        return plgpu.ACC((WARPGROUP_ROWS, self.call.config.kv_tile), jnp.float32)
+
+    def _values_acc(self) -> Any:
+        return plgpu.ACC((WARPGROUP_ROWS, self.call.head_dim), jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Turns:
+    """The order in which computing warpgroups issue to the tensor cores: one after the other."""
+
+    barriers: Any
+    warpgroup: jax.Array
+    warpgroups: int
+
+    def begin(self) -> None:
+        if self.warpgroups > 1:
+
+            @pl.when(self.warpgroup == self.warpgroups - 1)
+            def _let_the_first_begin():
+                plgpu.barrier_arrive(self.barriers.at[0])
+
+    def take(self) -> None:
+        if self.warpgroups > 1:
+            plgpu.barrier_wait(self.barriers.at[self.warpgroup])
+
+    def give(self) -> None:
+        if self.warpgroups > 1:
+            following = lax.rem(self.warpgroup + 1, jnp.int32(self.warpgroups))
+            plgpu.barrier_arrive(self.barriers.at[following])
+
+    def end(self) -> None:
+        """Takes the turn that the last one gave to no use: no completion may be missed."""
+        if self.warpgroups > 1:
+
+            @pl.when(self.warpgroup == 0)
+            def _take_the_last():
+                plgpu.barrier_wait(self.barriers.at[0])
+
+
+def _row_vector(value: float) -> jax.Array:
+    return plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), value, jnp.float32), _ROWS)
+
+
+def _divmod(x: jax.Array, y: int) -> tuple[jax.Array, jax.Array]:
+    return lax.div(x, jnp.int32(y)), lax.rem(x, jnp.int32(y))

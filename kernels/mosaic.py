@@ -1,0 +1,94 @@
+"""What the Mosaic GPU kernels share: swizzled tiles in shared memory and rings of them."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+WARPGROUP_ROWS = 64
+"""Rows of the matrix that one wgmma instruction computes."""
+
+SHARED_MEMORY_BYTES = 227 * 1024
+"""Shared memory that one CTA of compute capability 9.0 can have."""
+
+_SWIZZLE_BYTES = 128
+
+
+def tiles(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
+    """Shared memory for matrices in the layout that TMA writes and wgmma reads."""
+    columns = _SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
+    if shape[-1] % columns:
+        raise ValueError(f"shape={shape}: the last axis must be a multiple of {columns}")
+    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(_SWIZZLE_BYTES))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ring:
+    """Slots in shared memory that a producer fills by TMA and consumers read, in turn.
+
+    Both sides count the same steps; step i uses slot i % stages. A producer waits until the
+    consumers have freed the slot, a consumer until it is filled.
+
+    Attributes:
+        slots: one tile per slot.
+        filled: one barrier per slot, completed by the arrival of the tile.
+        freed: one barrier per slot, completed when every consumer has freed it.
+        stages: how many slots the ring has.
+        first: its first slot; several rings may share the arrays.
+    """
+
+    slots: Any
+    filled: Any
+    freed: Any
+    stages: int
+    first: jax.Array | int = 0
+
+    def fill(self, step: jax.Array, source: Any) -> None:
+        """Begins to copy `source` in global memory, once the slot of this step is free."""
+        slot = self._slot(step)
+
+        @pl.when(step >= self.stages)
+        def _wait_until_free():
+            plgpu.barrier_wait(self.freed.at[slot])
+
+        plgpu.copy_gmem_to_smem(source, self.slots.at[slot], self.filled.at[slot])
+
+    def wait(self, step: jax.Array) -> None:
+        """Waits until the tile of this step is there."""
+        plgpu.barrier_wait(self.filled.at[self._slot(step)])
+
+    def tile(self, step: jax.Array) -> Any:
+        """The tile of a step that has been waited for and is not yet freed."""
+        return self.slots.at[self._slot(step)]
+
+    def free(self, step: jax.Array) -> None:
+        """Ends this consumer's use of the tile of this step."""
+        plgpu.barrier_arrive(self.freed.at[self._slot(step)])
+
+    def drain(self, steps: jax.Array) -> None:
+        """Waits, after `steps` fills, until every slot is free: no completion may be missed."""
+
+        @pl.loop(jnp.maximum(steps - self.stages, 0), steps)
+        def _wait(step: jax.Array) -> None:
+            plgpu.barrier_wait(self.freed.at[self._slot(step)])
+
+    def _slot(self, step: jax.Array) -> jax.Array:
+        return self.first + lax.rem(step, jnp.int32(self.stages))
+
+
+def bytes_of(scratch: object) -> int:
+    """Shared memory that a pytree of scratch types takes."""
+    leaves = jax.tree.leaves(scratch, is_leaf=lambda x: isinstance(x, plgpu.Barrier))
+    return sum(_bytes(leaf) for leaf in leaves)
+
+
+def _bytes(leaf: Any) -> int:
+    if isinstance(leaf, plgpu.Barrier):
+        return 8 * math.prod(leaf.num_barriers)
+    return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize

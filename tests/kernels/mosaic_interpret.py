@@ -1,0 +1,138 @@
+"""Runs Mosaic GPU kernels on the CPU, and says whether their threads race.
+
+The interpreter of jax 0.11 and 0.12 lacks three things that a wgmma kernel needs; this file adds
+them and is the only one that reaches into it:
+- a value stored into a wgmma accumulator, and a left operand of wgmma in registers;
+- wgmma as an asynchronous reader of shared memory: a slot that is freed before the wgmma which
+  reads it has been waited for is a race, as is one that no barrier announced.
+"""
+
+import collections
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+from jax._src import core as jax_core
+from jax._src.pallas.mosaic_gpu import primitives
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import (
+    reset_gpu_interpret_mode_state,
+)
+from jax._src.pallas.mosaic_gpu.interpret.jaxpr_interpret import JaxprInterpreter
+from jax._src.pallas.mosaic_gpu.interpret.race_detection_state import GPURaceDetectionState
+from jax._src.pallas.mosaic_gpu.interpret.shared_memory import get_memory_space_idx
+from jax._src.state import primitives as state_primitives
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+_REGISTERS = get_memory_space_idx(plgpu.REGS)
+
+
+def interpret(f: Callable[..., Any], *args: Any) -> tuple[Any, bool]:
+    """(f(*args), whether its kernels raced), with every Mosaic GPU kernel interpreted."""
+    reset_gpu_interpret_mode_state()
+    params = plgpu.InterpretGPUParams(detect_races=True)
+    try:
+        with _patched(), plgpu.force_gpu_interpret_mode(params):
+            results = jax.block_until_ready(f(*args))
+        return results, gpu_callbacks.get_races().races_found
+    finally:
+        reset_gpu_interpret_mode_state()
+
+
+@contextlib.contextmanager
+def _patched() -> Iterator[None]:
+    in_flight = _WgmmaInFlight()
+    original_deref = gpu_callbacks.wgmma_accumulator_deref
+    original_interpret = JaxprInterpreter.interpret
+    original_check_write = GPURaceDetectionState.check_write
+
+    def deref(*, thread, wait_n, **kwargs):
+        in_flight.wait(thread, wait_n)
+        return original_deref(thread=thread, wait_n=wait_n, **kwargs)
+
+    def check_write(self, thread, clock, buffer_key, *args, **kwargs):
+        if buffer_key.memory_space_id != _REGISTERS:  # no other thread sees those
+            original_check_write(self, thread, clock, buffer_key, *args, **kwargs)
+
+    def interpret_rewritten(self, jaxpr, token, *args):
+        return original_interpret(self, _stores_as_swaps(jaxpr), token, *args)
+
+    with (
+        mock.patch.object(gpu_callbacks, "wgmma", in_flight.issue),
+        mock.patch.object(gpu_callbacks, "wgmma_accumulator_deref", deref),
+        mock.patch.object(JaxprInterpreter, "interpret", interpret_rewritten),
+        mock.patch.object(GPURaceDetectionState, "check_write", check_write),
+    ):
+        yield
+
+
+class _WgmmaInFlight:
+    """Computes at once, but lets a thread know that its operands were read only when it waits."""
+
+    def __init__(self):
+        self._clocks = collections.defaultdict(collections.deque)
+
+    @gpu_callbacks.fail_on_exception
+    def issue(self, *, token, thread, mesh_location, source_info=None, **operands):
+        memory = gpu_callbacks._get_shared_memory()
+        memory.incr_clock(thread)
+        clock = memory.get_clock(thread)
+        clock.inc(memory.get_next_tma_thread_id())
+
+        def read(name):
+            key = operands[f"{name}_allocation_key_as_array"]
+            if np.ndim(key) == 2:
+                return np.asarray(key)  # the operand itself, from registers
+            key, access = _access(memory, key, operands[f"{name}_transforms"])
+            value, _, _ = memory.get_buffer_content(key, access, thread)
+            if name != "acc":
+                gpu_callbacks.get_races().check_read(
+                    thread, clock.async_smem_clock.copy(), key, access, source_info=source_info
+                )
+            return value
+
+        acc = read("acc")
+        product = np.matmul(read("a").astype(acc.dtype), read("b").astype(acc.dtype))
+        acc_key, acc_access = _access(
+            memory, operands["acc_allocation_key_as_array"], operands["acc_transforms"]
+        )
+        memory.store_buffer_content(acc_key, acc_access, acc + product, thread)
+        self._clocks[thread].append(clock)
+        return token
+
+    def wait(self, thread, allowed: int | None) -> None:
+        if allowed is None:
+            return
+        memory = gpu_callbacks._get_shared_memory()
+        while len(self._clocks[thread]) > allowed:
+            finished = self._clocks[thread].popleft()
+            with memory.lock:
+                memory.clocks[thread].update(finished)
+
+
+def _access(memory, key, transforms):
+    key = gpu_callbacks.HostAllocationKey.from_array(key)
+    transforms = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(transforms))
+    return key, memory.access(key, transforms)
+
+
+def _stores_as_swaps(jaxpr):
+    """`jaxpr` with stores into accumulators written as the swaps that the interpreter knows."""
+
+    def rewrite(eqn):
+        if eqn.primitive is not primitives.wgmma_accumulator_store_p:
+            return eqn
+        old = jax_core.Var(eqn.invars[1].aval)
+        return eqn.replace(
+            primitive=state_primitives.swap_p,
+            params={"tree": jax.tree.structure(())},
+            outvars=[old],
+            effects=jax_core.no_effects,
+        )
+
+    if all(eqn.primitive is not primitives.wgmma_accumulator_store_p for eqn in jaxpr.eqns):
+        return jaxpr
+    return jaxpr.replace(eqns=[rewrite(eqn) for eqn in jaxpr.eqns])
