@@ -1,5 +1,7 @@
 """Prefill attention: select key blocks with a strategy, then attend to them."""
 
+from typing import Literal, TypedDict, Unpack, overload
+
 from jaxtyping import Array, Float, Float32, Int32
 
 from sparseattn_jax.block_mask import BlockMask
@@ -9,7 +11,9 @@ from sparseattn_jax.checks import (
     check_kv,
     check_kv_lengths,
     check_qk,
+    check_scale,
     check_segment_ids,
+    check_threshold,
     checked,
 )
 from sparseattn_jax.kernels import block_sparse_attention as kernel
@@ -18,13 +22,53 @@ from sparseattn_jax.pattern import SparsePattern
 from sparseattn_jax.strategies.protocol import Strategy
 from sparseattn_jax.strategies.xattention import XAttention
 
-type AttentionResult = (
-    Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]
-)
-"""The output, or (output, natural log-sum-exp of the scaled logits) where `return_lse` is set."""
+type Out = Float[Array, "B T N H"]
+type OutAndLse = tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]
 
 
-@checked(check_qk, check_kv, check_causal, check_kv_lengths, check_segment_ids)
+class _Options(TypedDict, total=False):
+    kv_lengths: Int32[Array, " B"] | None
+    segment_ids: Int32[Array, "B S"] | None
+    backend: Backend | None
+
+
+class _AttentionOptions(_Options, total=False):
+    scale: float | None
+
+
+class _PrefillOptions(_Options, total=False):
+    is_causal: bool
+
+
+class _XAttentionOptions(_PrefillOptions, total=False):
+    threshold: float | Float32[Array, " N"]
+    stride: int
+    block_size: int
+
+
+@overload
+def xattention_prefill(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[_XAttentionOptions],
+) -> Out: ...
+
+
+@overload
+def xattention_prefill(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[_XAttentionOptions],
+) -> OutAndLse: ...
+
+
+@checked(check_qk, check_kv, check_causal, check_threshold, check_kv_lengths, check_segment_ids)
 def xattention_prefill(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -38,7 +82,7 @@ def xattention_prefill(
     segment_ids: Int32[Array, "B S"] | None = None,
     return_lse: bool = False,
     backend: Backend | None = None,
-) -> AttentionResult:
+) -> Out | OutAndLse:
     """Attention over the key blocks that antidiagonal scores select (arXiv:2503.16428).
 
     Args:
@@ -76,6 +120,30 @@ def xattention_prefill(
     )
 
 
+@overload
+def prefill_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    strategy: Strategy,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[_PrefillOptions],
+) -> Out: ...
+
+
+@overload
+def prefill_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    strategy: Strategy,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[_PrefillOptions],
+) -> OutAndLse: ...
+
+
 @checked(check_qk, check_kv, check_causal, check_kv_lengths, check_segment_ids)
 def prefill_attention(
     q: Float[Array, "B T N H"],
@@ -88,7 +156,7 @@ def prefill_attention(
     segment_ids: Int32[Array, "B S"] | None = None,
     return_lse: bool = False,
     backend: Backend | None = None,
-) -> AttentionResult:
+) -> Out | OutAndLse:
     """Attention over the keys that a strategy selects, differentiable in q, k and v.
 
     Args:
@@ -124,7 +192,31 @@ def prefill_attention(
     )
 
 
-@checked(check_qk, check_kv, check_kv_lengths, check_segment_ids)
+@overload
+def sparse_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    pattern: SparsePattern,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[_AttentionOptions],
+) -> Out: ...
+
+
+@overload
+def sparse_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    pattern: SparsePattern,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[_AttentionOptions],
+) -> OutAndLse: ...
+
+
+@checked(check_qk, check_kv, check_scale, check_kv_lengths, check_segment_ids)
 def sparse_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -136,7 +228,7 @@ def sparse_attention(
     segment_ids: Int32[Array, "B S"] | None = None,
     return_lse: bool = False,
     backend: Backend | None = None,
-) -> AttentionResult:
+) -> Out | OutAndLse:
     """Attention over a pattern that a strategy selected; see `block_sparse_attention`."""
     return block_sparse_attention(
         q,
@@ -151,7 +243,31 @@ def sparse_attention(
     )
 
 
-@checked(check_qk, check_kv, check_kv_lengths, check_segment_ids, check_block_mask)
+@overload
+def block_sparse_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    block_mask: BlockMask,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[_AttentionOptions],
+) -> Out: ...
+
+
+@overload
+def block_sparse_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    block_mask: BlockMask,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[_AttentionOptions],
+) -> OutAndLse: ...
+
+
+@checked(check_qk, check_kv, check_scale, check_kv_lengths, check_segment_ids, check_block_mask)
 def block_sparse_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -163,7 +279,7 @@ def block_sparse_attention(
     segment_ids: Int32[Array, "B S"] | None = None,
     return_lse: bool = False,
     backend: Backend | None = None,
-) -> AttentionResult:
+) -> Out | OutAndLse:
     """Attention over the listed blocks; cost and gradients in proportion to their number.
 
     Args:
@@ -172,7 +288,7 @@ def block_sparse_attention(
         k: keys.
         v: values.
         block_mask: the listed blocks. A query that sees no key has output 0, log-sum-exp -inf.
-        scale: factor of the logits, by default head_dim ** -0.5.
+        scale: positive factor of the logits, by default head_dim ** -0.5.
         kv_lengths: valid keys of each sequence; the rest is padding. Of causal calls the queries
             at padded positions are padding too and see nothing.
         segment_ids: a query sees keys of its own segment only.

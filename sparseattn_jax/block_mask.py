@@ -2,10 +2,12 @@
 
 import dataclasses
 import typing
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from sparseattn_jax.checks import check_positive
@@ -152,7 +154,7 @@ class BlockMask:
     def __str__(self) -> str:
         """A picture per head: # listed, . not listed, + some of the blocks that share a cell."""
         geometry = ", ".join(f"{name}={value}" for name, value in self._geometry().items())
-        if isinstance(self.kv_indices, jax.core.Tracer) or self.kv_indices.ndim != 4:
+        if isinstance(self.kv_indices, Tracer) or self.kv_indices.ndim != 4:
             return f"BlockMask({geometry}, kv_indices={self.kv_indices})"
         dense = np.asarray(self.to_dense())
         density = np.asarray(self.density())
@@ -165,7 +167,7 @@ class BlockMask:
             lines.append(f"and {len(heads) - _HEADS_DRAWN} more heads")
         return "\n".join(lines)
 
-    def _geometry(self) -> dict[str, int | bool]:
+    def _geometry(self) -> dict[str, Any]:
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)

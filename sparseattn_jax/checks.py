@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 if TYPE_CHECKING:
     from sparseattn_jax.block_mask import BlockMask
@@ -125,6 +126,27 @@ def check_block_mask(q: jax.Array, k: jax.Array, block_mask: "BlockMask") -> Non
         )
 
 
+def check_threshold(q: jax.Array, threshold: float | jax.Array) -> None:
+    """A threshold is a share, one for all query heads or one for each."""
+    if np.shape(threshold) not in ((), (q.shape[2],)):
+        raise ValueError(
+            f"threshold has shape {np.shape(threshold)}; "
+            f"pass a scalar, or one per query head, of shape ({q.shape[2]},)"
+        )
+    values = concrete(threshold)
+    if values is not None and not np.all((values >= 0) & (values <= 1)):
+        raise ValueError(
+            f"threshold={values.tolist()} must lie in [0, 1]: it is the share of the softmax "
+            "mass to keep"
+        )
+
+
+def check_scale(scale: float | None) -> None:
+    """The factor of the logits is positive: kernels take the largest logit before they scale."""
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale={scale} must be positive; negate q instead")
+
+
 def check_positive(**sizes: int) -> None:
     """Every size is a positive int."""
     for name, size in sizes.items():
@@ -134,4 +156,4 @@ def check_positive(**sizes: int) -> None:
 
 def concrete(value: object) -> np.ndarray | None:
     """The value as NumPy, or None while it is traced: its range can only be checked untraced."""
-    return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
+    return None if isinstance(value, Tracer) else np.asarray(value)

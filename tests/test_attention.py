@@ -117,6 +117,13 @@ def test_scale_replaces_the_default():
     )
 
 
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_a_scale_that_is_not_positive_is_refused(scale: float):
+    q, k, v = draw()
+    with pytest.raises(ValueError, match=f"scale={scale} must be positive"):
+        block_sparse_attention(q, k, v, mask_for(q, k), scale=scale)
+
+
 def test_a_named_backend_that_cannot_run_says_why():
     q, k, v = draw()
     with pytest.raises(UnsupportedError, match=r"mosaic_sm90: needs compute capability 9"):

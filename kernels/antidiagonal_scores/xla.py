@@ -6,12 +6,17 @@ over tiles of query blocks, kv heads and sequences that are sized to the workspa
 """
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 
+@functools.partial(
+    jax.jit, static_argnames=("stride", "block_size", "is_causal", "workspace_bytes")
+)
 def run(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],

@@ -6,6 +6,7 @@ memory holds one key block per head at a time.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from sparseattn_jax.kernels import block_lists
 
 
+@functools.partial(jax.jit, static_argnames=("block_q", "block_kv", "is_causal", "scale"))
 def run(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -64,6 +66,7 @@ def run(
     return _from_blocks(out, q.shape[1]), _from_blocks(lse, q.shape[1])
 
 
+@functools.partial(jax.jit, static_argnames=("block_q", "block_kv", "is_causal", "scale"))
 def run_vjp(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],

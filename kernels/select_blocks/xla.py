@@ -4,6 +4,9 @@ The cut-off score is found by bisection on its bits with a masked sum per step: 
 floats order as their bit patterns do, so 32 steps are exact and no row is sorted by score.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
@@ -13,6 +16,7 @@ from sparseattn_jax.kernels import block_lists
 _SIGN_BIT = 1 << 31
 
 
+@functools.partial(jax.jit, static_argnames=("max_blocks",))
 def run(
     scores: Float32[Array, "B N Tb Sb"],
     threshold: Float32[Array, " N"],

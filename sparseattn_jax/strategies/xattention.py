@@ -5,7 +5,6 @@ import typing
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
 from sparseattn_jax.checks import (
@@ -14,8 +13,8 @@ from sparseattn_jax.checks import (
     check_positive,
     check_qk,
     check_segment_ids,
+    check_threshold,
     checked,
-    concrete,
 )
 from sparseattn_jax.kernels.antidiagonal_scores import antidiagonal_scores
 from sparseattn_jax.kernels.backends import Backend, UnsupportedError
@@ -30,17 +29,7 @@ def _check_parameters(self: "XAttention", q: jax.Array, k: jax.Array, is_causal:
             f"stride={self.stride} must divide block_size={self.block_size}; "
             "the paper's strides are 4, 8 and 16"
         )
-    if np.shape(self.threshold) not in ((), (q.shape[2],)):
-        raise ValueError(
-            f"threshold has shape {np.shape(self.threshold)}; "
-            f"pass a scalar, or one per query head, of shape ({q.shape[2]},)"
-        )
-    threshold = concrete(self.threshold)
-    if threshold is not None and not np.all((threshold >= 0) & (threshold <= 1)):
-        raise ValueError(
-            f"threshold={threshold.tolist()} must lie in [0, 1]: it is the share of the softmax "
-            "mass to keep"
-        )
+    check_threshold(q, self.threshold)
     if self.max_blocks is None:
         return
     least = max(1, num_forced_blocks(q.shape[1], k.shape[1], self.block_size, is_causal=is_causal))
