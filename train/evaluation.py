@@ -90,6 +90,6 @@ def score_needles(config: TrainConfig, weights: PyTree, text: data.Text) -> dict
             config.data, num_needles=count, num_questions=min(count, config.data.num_questions)
         )
         evaluate = make_evaluation(dataclasses.replace(config, data=fewer), weights, text)
-        scores[f"{count} needles"] = [evaluate(None)]
+        scores[f"needles: {count}"] = [evaluate(None)]
         count //= 2
     return scores

@@ -181,7 +181,7 @@ def test_pre_training_leaves_weights_and_starts_over_when_told(
     main.run(config)
     first = metrics(config)
     assert [record["step"] for record in first] == [2, 3]
-    assert "1 needles" in capsys.readouterr().out
+    assert "needles: 1" in capsys.readouterr().out
     llama = tiny_model.llama()
     trained = weights.load(folder(config) / "weights.npz", llama)
     initial = weights.load(pathlib.Path(config.model.initial_weights), llama)
