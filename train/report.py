@@ -44,7 +44,7 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def show(self, record: Mapping[str, float]) -> None:
+    def show(self, record: Mapping[str, int | float]) -> None:
         """One line of metrics.jsonl."""
         step = int(record["step"])
         text = f"loss {record['loss']:.3f} | answers {record['accuracy']:.0%}"
@@ -82,7 +82,7 @@ class MetricsFile:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def write(self, record: Mapping[str, float]) -> None:
+    def write(self, record: Mapping[str, int | float]) -> None:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 

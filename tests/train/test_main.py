@@ -175,7 +175,10 @@ def test_pre_training_leaves_weights_and_starts_over_when_told(
         ),
         gates=dataclasses.replace(tiny_config.gates, train=False),
         optimizer=dataclasses.replace(
-            tiny_config.optimizer, train_weights=True, weights_learning_rate=0.01
+            tiny_config.optimizer,
+            train_weights=True,
+            weights_learning_rate=0.01,
+            embedding_learning_rate=0.01,
         ),
     )
     main.run(config)

@@ -85,7 +85,12 @@ def test_draws_differ_between_steps(stepped) -> None:
 
 def test_pre_training_moves_the_weights_and_has_no_gates(tiny_config, tiny_weights) -> None:
     config = changed(
-        tiny_config, "optimizer", train_weights=True, weights_learning_rate=0.01, warmup_ratio=0.0
+        tiny_config,
+        "optimizer",
+        train_weights=True,
+        weights_learning_rate=0.01,
+        embedding_learning_rate=0.01,
+        warmup_ratio=0.0,
     )
     config = changed(config, "gates", train=False)
     before = fresh_state(config, tiny_weights)
