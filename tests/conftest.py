@@ -8,8 +8,8 @@ import hypothesis
 import jax
 import pytest
 
-# optax and flax mix dtypes inside, so strict promotion cannot hold where they run.
-MIXES_DTYPES = ("models", "train")
+# flax, optax and jax.nn mix dtypes inside, so strict promotion cannot hold where they run.
+MIXES_DTYPES = ("benchmarks", "models", "train")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)

@@ -1,0 +1,1 @@
+"""Timed comparisons with other implementations: a correctness gate first, then records."""

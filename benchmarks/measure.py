@@ -1,0 +1,172 @@
+"""What the suites share: options, gated measurements of JAX functions and of torch peers."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from benchmarks import gate, records
+from benchmarks.rounds import Timer
+from benchmarks.shapes import Shape
+from benchmarks.timing import Timing, check_exceeds_cache, time_call
+from sparseattn_jax.kernels.backends import Backend
+
+Peer = Literal["cudnn", "xla", "fa4", "fa4_block_sparse"]
+JudgeRows = Callable[[Float[np.ndarray, "rows N H"]], gate.Verdict]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The time of a call whose output passed, or did not pass, the gate."""
+
+    timing: Timing
+    verdict: gate.Verdict
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """One run of the benchmarks."""
+
+    shape: Shape
+    backend: Backend | None
+    peers: Sequence[Peer]
+    timer: Timer
+    runs: int
+    seed: int
+    origin: records.Origin
+
+    def record(
+        self,
+        *,
+        op: str,
+        case: str,
+        inputs: str,
+        density: float,
+        ours: Measured,
+        peer: str | None,
+        theirs: Measured | str | None,
+    ) -> records.Record | str:
+        """The record, or where an output was wrong or a peer failed, a sentence instead of it."""
+        name = f"{op} {case}"
+        if not ours.verdict.passed:
+            return f"{name}: not recorded, our output is wrong: {ours.verdict}"
+        if isinstance(theirs, str):
+            return f"{name}: not recorded, {peer} failed: {theirs}"
+        if theirs is not None and not theirs.verdict.passed:
+            return f"{name}: not recorded, the output of {peer} is wrong: {theirs.verdict}"
+        ours_ms = ours.timing.median_ms
+        peer_ms = None if theirs is None else theirs.timing.median_ms
+        return records.Record(
+            op=op,
+            case=case,
+            backend=self.backend or "default",
+            timer=self.timer,
+            ours_ms=_digits(ours_ms),
+            ours_ms_min=_digits(min(ours.timing.runs_ms)),
+            ours_ms_max=_digits(max(ours.timing.runs_ms)),
+            ours_queued_ms=_digits(ours.timing.queued_ms),
+            peer=peer,
+            peer_ms=_digits(peer_ms) if peer_ms else None,
+            peer_ms_min=_digits(min(theirs.timing.runs_ms)) if theirs else None,
+            peer_ms_max=_digits(max(theirs.timing.runs_ms)) if theirs else None,
+            peer_queued_ms=_digits(theirs.timing.queued_ms) if theirs else None,
+            ratio=_digits(ours_ms / peer_ms) if peer_ms else None,
+            density=_digits(density),
+            max_error=_digits(ours.verdict.max_error),
+            max_error_allowed=_digits(ours.verdict.max_error_allowed),
+            inputs=inputs,
+            **dataclasses.asdict(self.origin),
+        )
+
+
+def measured[Out](
+    function: Callable[..., Out],
+    operands: Sequence[Any],
+    judge: Callable[[Out], gate.Verdict],
+    options: Options,
+) -> Measured:
+    """Times a jitted function and judges its result."""
+    if options.timer == "kernel":
+        check_exceeds_cache(operands)
+    out, timing = time_call(function, operands, timer=options.timer, runs=options.runs)
+    return Measured(timing=timing, verdict=judge(out))
+
+
+def on_rows(judge: JudgeRows, rows: np.ndarray) -> Callable[[Array], gate.Verdict]:
+    """Judges the sampled rows of an output."""
+    return lambda out: judge(np.asarray(out[0, rows], np.float32))
+
+
+def dense_peers(options: Options) -> dict[str, Callable[[Array, Array, Array], Array]]:
+    """jax.nn's dense causal attention, by those of its implementations that were asked for."""
+
+    def attend(q: Array, k: Array, v: Array, *, implementation: Literal["cudnn", "xla"]) -> Array:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+
+    return {
+        name: jax.jit(functools.partial(attend, implementation=name))
+        for name in ("cudnn", "xla")
+        if name in options.peers
+    }
+
+
+def torch_peers(
+    calls: Sequence[tuple[str, str]],
+    operands: Sequence[Array],
+    keeps: Mapping[str, np.ndarray],
+    judges: Mapping[str, JudgeRows],
+    rows: np.ndarray,
+    options: Options,
+) -> dict[tuple[str, str], Measured | str]:
+    """Times (peer, case) calls in a torch process; a failed call's answer is its traceback."""
+    if not calls:
+        return {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        request = {
+            "calls": calls,
+            "dtype": options.shape.dtype,
+            "block_size": options.shape.block_size,
+            "rows": rows.tolist(),
+            "runs": options.runs,
+            "timer": options.timer,
+        }
+        (folder / "request.json").write_text(json.dumps(request))
+        for letter, operand in zip("qkv", operands, strict=True):
+            np.save(folder / f"{letter}.npy", np.asarray(operand).view(np.uint16))
+        for case, keep in keeps.items():
+            np.save(folder / f"mask_{case}.npy", keep)
+        command = [sys.executable, "-m", "benchmarks.torch_peers", name]
+        done = subprocess.run(
+            command, cwd=records.ROOT, stdout=subprocess.PIPE, text=True, check=False
+        )
+        if done.returncode != 0:
+            return dict.fromkeys(calls, f"the torch process ended with {done.returncode}")
+        answers = json.loads(done.stdout.splitlines()[-1])
+        return {
+            call: _torch_measured(answer, folder / f"rows_{index}.npy", judges[call[1]])
+            for index, (call, answer) in enumerate(zip(calls, answers, strict=True))
+        }
+
+
+def _torch_measured(
+    answer: Mapping[str, Any], out_rows: pathlib.Path, judge: JudgeRows
+) -> Measured | str:
+    if "failure" in answer:
+        return answer["failure"]
+    timing = Timing(runs_ms=answer["runs_ms"], queued_ms=answer["queued_ms"])
+    return Measured(timing=timing, verdict=judge(np.load(out_rows)))
+
+
+def _digits(value: float) -> float:
+    """Four significant digits: more would be noise."""
+    return float(f"{value:.4g}")

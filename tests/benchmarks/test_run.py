@@ -1,0 +1,132 @@
+"""The runner on a CPU: what it draws, what it records, and that a red gate records nothing."""
+
+import pathlib
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import block_sparse_forward, gate, records, rounds, run, timing
+from tests.drawing import block_matrix
+
+TOY = {"lengths": ("128",), "shape": "toy", "backend": "xla", "peers": ("xla",), "runs": 2}
+
+
+@pytest.fixture
+def one_probability(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_sparse_forward, "PROBABILITIES", (1.0,))
+
+
+@pytest.mark.usefixtures("one_probability")
+def test_a_run_leaves_records(tmp_path: pathlib.Path) -> None:
+    missing = run.run(("block_sparse_forward",), out=tmp_path, commit="abc", **TOY)
+    assert missing == 0
+    (record,) = records.load(tmp_path / "cpu" / "block_sparse_forward.json")
+    assert (record.case, record.peer, record.commit) == ("128 p=1", "xla", "abc")
+    assert record.timer == "queued"
+    assert 0 < record.ours_ms_min <= record.ours_ms <= record.ours_ms_max
+    assert record.density == 1
+    assert record.max_error <= record.max_error_allowed
+    assert record.peer_ms is not None
+    assert record.ratio == pytest.approx(record.ours_ms / record.peer_ms, rel=1e-2)
+
+
+@pytest.mark.usefixtures("one_probability")
+def test_a_red_gate_leaves_none(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = gate.Verdict(max_error=2.0, max_error_allowed=1.0)
+    monkeypatch.setattr(gate, "judge", lambda *_, **__: wrong)
+    missing = run.run(("block_sparse_forward",), out=tmp_path, commit="abc", **TOY)
+    assert missing == 1
+    assert not list(tmp_path.rglob("*.json"))
+    assert "128 p=1: not recorded, our output is wrong" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"runs": 1}, "runs=1 must be at least 2"),
+        ({"lengths": ("128", "100")}, "lengths 128, 100 must be multiples of .* block_size=64"),
+    ],
+    ids=["runs", "lengths"],
+)
+def test_wrong_arguments_are_refused(
+    tmp_path: pathlib.Path, wrong: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run.run(("block_sparse_forward",), out=tmp_path, commit="abc", **(TOY | wrong))
+
+
+def test_dense_fa4_stands_beside_every_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = [("fa4", "p=1"), ("fa4_block_sparse", "p=0.5"), ("fa4_block_sparse", "p=1")]
+
+    def answer(asked: list[tuple[str, str]], *_: object) -> dict[tuple[str, str], str]:
+        assert asked == calls
+        return {call: " ".join(call) for call in asked}
+
+    monkeypatch.setattr(block_sparse_forward, "torch_peers", answer)
+    options = types.SimpleNamespace(peers=("cudnn", "fa4", "fa4_block_sparse"))
+    keeps = {"p=0.5": np.ones(1), "p=1": np.ones(1)}
+    assert block_sparse_forward._torch_figures(options, (), np.ones(1), keeps, {}) == {
+        "fa4": {"p=0.5": "fa4 p=1", "p=1": "fa4 p=1"},
+        "fa4_block_sparse": {"p=0.5": "fa4_block_sparse p=0.5", "p=1": "fa4_block_sparse p=1"},
+    }
+
+
+def test_peers_that_are_not_installed_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(run._NEEDS, "fa4", ("no_such_module",))
+    assert not run._is_installed("fa4")
+    assert "fa4: left out, no_such_module cannot be imported" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("probability", "picture"),
+    [
+        (
+            0.0,
+            """
+            #...
+            ##..
+            #.#.
+            #..#
+            """,
+        ),
+        (
+            1.0,
+            """
+            #...
+            ##..
+            ###.
+            ####
+            """,
+        ),
+    ],
+)
+def test_drawn_blocks(probability: float, picture: str) -> None:
+    drawn = block_sparse_forward.draw_blocks(2, 4, probability, seed=0)
+    np.testing.assert_array_equal(drawn, np.stack([block_matrix(picture)] * 2))
+
+
+def test_blocks_are_drawn_with_their_probability() -> None:
+    drawn = block_sparse_forward.draw_blocks(8, 64, 0.25, seed=0)
+    inside = np.tri(64, k=-1, dtype=bool)
+    inside[:, 0] = False
+    assert drawn[:, inside].mean() == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("call_ms", "calls", "queues"), [(0.1, 50, 5), (10.0, 20, 5), (30.0, 10, 1), (250.0, 10, 1)]
+)
+def test_long_calls_are_queued_less_often(call_ms: float, calls: int, queues: int) -> None:
+    assert rounds.calls_per_queue(call_ms) == calls
+    assert rounds.queued_rounds(call_ms) == queues
+
+
+def test_operands_that_fit_the_cache_are_refused() -> None:
+    with pytest.raises(ValueError, match="operands of 4 MiB fit the L2 cache of 50 MiB"):
+        timing.check_exceeds_cache((jnp.zeros(2**20, jnp.float32), 0.9))
+    timing.check_exceeds_cache((jnp.zeros(2**24, jnp.float32), 0.9))
