@@ -1,10 +1,17 @@
 """Which implementation of an op runs: the only code that knows devices' capabilities."""
 
 import dataclasses
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
+from jax.core import Tracer
 
 Backend = Literal["mosaic_sm90", "cudnn", "xla"]
 
@@ -21,11 +28,13 @@ class DeviceFacts:
         platform: jax's name of the platform: "cpu", "gpu" or "tpu".
         compute_capability: (major, minor) of an NVIDIA GPU, else None.
         multiprocessors: how many an NVIDIA GPU has, else None.
+        ptxas_version: of the assembler that compiles kernels for an NVIDIA GPU, if it was found.
     """
 
     platform: str
     compute_capability: tuple[int, int] | None
     multiprocessors: int | None = None
+    ptxas_version: tuple[int, int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +65,7 @@ def device_facts(*operands: jax.Array) -> DeviceFacts:
         platform="gpu",
         compute_capability=(int(major), int(minor)),
         multiprocessors=device.core_count,
+        ptxas_version=_ptxas_version(_ptxas()),
     )
 
 
@@ -79,9 +89,29 @@ def choose[Facts](
     return table[requested]
 
 
-def _device(*operands: jax.Array) -> jax.Device:
+def _device(*operands: jax.Array) -> jax.Device:  # pyright: ignore[reportInvalidTypeForm]
     for operand in operands:
-        if isinstance(operand, jax.Array) and not isinstance(operand, jax.core.Tracer):
+        if isinstance(operand, jax.Array) and not isinstance(operand, Tracer):
             return next(iter(operand.devices()))
     default = jax.config.jax_default_device
     return default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]
+
+
+def _ptxas() -> str | None:
+    """The ptxas that XLA and Mosaic GPU of jax 0.11 run: the first where they look."""
+    nvidia = importlib.util.find_spec("nvidia")
+    packages = [] if nvidia is None else list(nvidia.submodule_search_locations or ())
+    roots = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda", "/opt/cuda"]
+    roots += [os.path.join(package, "cuda_nvcc") for package in packages]
+    roots += [os.path.join(package, "cu13") for package in packages]
+    folders = [*os.get_exec_path(), *(os.path.join(root, "bin") for root in roots if root)]
+    return shutil.which("ptxas", path=os.pathsep.join(folders))
+
+
+@functools.cache
+def _ptxas_version(ptxas: str | None) -> tuple[int, int, int] | None:
+    if ptxas is None:
+        return None
+    said = subprocess.run([ptxas, "--version"], stdout=subprocess.PIPE, text=True, check=False)
+    found = re.search(r"\bV(\d+)\.(\d+)\.(\d+)\b", said.stdout)
+    return None if found is None else (int(found[1]), int(found[2]), int(found[3]))

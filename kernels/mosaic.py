@@ -24,8 +24,9 @@ def tiles(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
     columns = _SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
     if shape[-1] % columns:
         raise ValueError(f"shape={shape}: the last axis must be a multiple of {columns}")
-    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(_SWIZZLE_BYTES))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+    tiling = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
+    swizzle = plgpu.SwizzleTransform(_SWIZZLE_BYTES)  # pyright: ignore[reportAbstractUsage]
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,5 +91,5 @@ def bytes_of(scratch: object) -> int:
 
 def _bytes(leaf: Any) -> int:
     if isinstance(leaf, plgpu.Barrier):
-        return 8 * math.prod(leaf.num_barriers)
+        return 8 * math.prod(leaf.get_ref_aval().shape)
     return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize

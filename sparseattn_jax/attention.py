@@ -94,7 +94,7 @@ def xattention_prefill(
         stride: tokens per antidiagonal; divides block_size. Scoring costs 1/stride of q k^T.
         block_size: queries and keys per block.
         is_causal: whether a query sees keys up to its own position only.
-        kv_lengths: valid keys of each sequence; the rest is padding.
+        kv_lengths: valid keys of each sequence; the rest is padding, of any finite value.
         segment_ids: packed sequences; XAttention does not take them yet.
         return_lse: whether to return the log-sum-exp too.
         backend: see `prefill_attention`.
@@ -165,7 +165,7 @@ def prefill_attention(
         v: values.
         strategy: selects the keys; the selection has no gradient.
         is_causal: whether a query sees keys up to its own position only.
-        kv_lengths: valid keys of each sequence; the rest is padding.
+        kv_lengths: valid keys of each sequence; the rest is padding, of any finite value.
         segment_ids: a query sees keys of its own segment only.
         return_lse: whether to return the log-sum-exp too.
         backend: of the attention; the selection takes the best backend that runs.
@@ -289,8 +289,8 @@ def block_sparse_attention(
         v: values.
         block_mask: the listed blocks. A query that sees no key has output 0, log-sum-exp -inf.
         scale: positive factor of the logits, by default head_dim ** -0.5.
-        kv_lengths: valid keys of each sequence; the rest is padding. Of causal calls the queries
-            at padded positions are padding too and see nothing.
+        kv_lengths: valid keys of each sequence; the rest is padding, of any finite value.
+            Of causal calls the queries at padded positions are padding too and see nothing.
         segment_ids: a query sees keys of its own segment only.
         return_lse: whether to return the log-sum-exp too.
         backend: of the forward. The backward runs in `xla` on every device.

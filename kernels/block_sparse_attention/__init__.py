@@ -61,7 +61,8 @@ def block_sparse_attention(
         block_kv: keys per key block.
         is_causal: whether a query sees keys up to its own position only.
         scale: factor of the logits.
-        kv_lengths: valid keys of each sequence, by default all.
+        kv_lengths: valid keys of each sequence, by default all. What follows in k and v is
+            padding, which may hold any finite value.
         segment_ids: per key position; a query sees keys of its own segment only.
         backend: the forward's backend. The backward has `xla` alone, whatever the forward's.
 
@@ -116,7 +117,7 @@ def _attend(call: _Call, *operands: Array | None) -> tuple[Array, Array]:
 
 
 def _attend_fwd(call: _Call, *operands: Array | None) -> tuple[tuple[Array, Array], tuple]:
-    out, lse = _attend(call, *operands)
+    out, lse = _attend(call, *operands)  # pyright: ignore[reportGeneralTypeIssues]
     return (out, lse), (*operands, out, lse)
 
 

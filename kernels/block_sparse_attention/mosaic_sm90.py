@@ -31,6 +31,9 @@ _ROWS = plgpu.Layout.WGMMA.reduce(1)
 _LOG2_E = math.log2(math.e)
 _LN_2 = math.log(2.0)
 
+# The first and last ptxas that miscompile wgmma under a causal mask.
+_MISCOMPILES = ((12, 8, 61), (12, 9, 41))
+
 # Key/value heads whose keys and values fit here are worked on together: about two thirds of the L2
 # cache of an H100.
 _L2_BYTES = 32 * 2**20
@@ -50,6 +53,10 @@ def refusal(facts: tiling.CallFacts) -> str | None:
         return f"needs blocks of 64 or 128, got {facts.block_q}x{facts.block_kv}"
     if facts.has_segment_ids:
         return "takes no segment_ids yet"
+    ptxas = facts.device.ptxas_version
+    if ptxas is not None and _MISCOMPILES[0] <= ptxas <= _MISCOMPILES[1]:
+        found = ".".join(map(str, ptxas))
+        return f"ptxas {found} miscompiles causal kernels; install 12.9.86 or newer, or CUDA 13"
     return None
 
 
@@ -416,11 +423,12 @@ class _Rows:
                 worker.k.wait(step + j)
 
         def advance(mask: Callable[..., jax.Array] | None, carry: Any) -> Any:
-            j, start, *state = carry
+            j, start, values, softmax, weights = carry
             following = worker._kv_start(tile, j + 1)
             before_values = functools.partial(wait_for_keys, j + 1, following)
             mask_here = mask and functools.partial(mask, start)
-            return j + 1, following, *self._step(step + j, *state, mask_here, before_values)
+            state = self._step(step + j, values, softmax, weights, mask_here, before_values)
+            return j + 1, following, *state
 
         def some() -> tuple[Any, ...]:
             start = worker._kv_start(tile, jnp.int32(0))
@@ -582,10 +590,10 @@ class _Rows:
         return self.worker.gmem.q.dtype
 
     def _scores_acc(self) -> Any:
-        return plgpu.ACC((WARPGROUP_ROWS, self.call.config.kv_tile), jnp.float32)
+        return _accumulator(self.call.config.kv_tile)
 
     def _values_acc(self) -> Any:
-        return plgpu.ACC((WARPGROUP_ROWS, self.call.head_dim), jnp.float32)
+        return _accumulator(self.call.head_dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -619,6 +627,11 @@ class _Turns:
             @pl.when(self.warpgroup == 0)
             def _take_the_last():
                 plgpu.barrier_wait(self.barriers.at[0])
+
+
+def _accumulator(columns: int) -> Any:
+    shape = (WARPGROUP_ROWS, columns)
+    return plgpu.ACC(shape, jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _row_vector(value: float) -> jax.Array:

@@ -1,6 +1,7 @@
 """Facts of a block-sparse attention call, and the tiles that its kernels choose for them."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -83,7 +84,7 @@ def tile_config(head_dim: int, block_q: int, block_kv: int) -> TileConfig:
     )
 
 
-def scratch(config: TileConfig, head_dim: int, dtype: jnp.dtype) -> dict[str, object]:
+def scratch(config: TileConfig, head_dim: int, dtype: jnp.dtype) -> dict[str, Any]:
     """The kernel's shared memory, by the names of its scratch arguments."""
     workers, warpgroups = config.workers, config.warpgroups
     q_shape = (workers * warpgroups, mosaic.WARPGROUP_ROWS, head_dim)

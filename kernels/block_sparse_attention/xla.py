@@ -38,7 +38,9 @@ def run(
     def attend(q_block: Array) -> tuple[Array, Array]:
         num_listed = counts[:, :, q_block]
 
-        def visit(slot: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        def visit(
+            slot: Array | int, carry: tuple[Array, Array, Array]
+        ) -> tuple[Array, Array, Array]:
             accumulator, row_max, row_sum = carry
             kv_block = indices[:, :, q_block, slot]
             scores = tiles.scores(q_block, kv_block, slot < num_listed)

@@ -29,11 +29,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _REGISTERS = get_memory_space_idx(plgpu.REGS)
 
+# Copies and products with clocks of their own. By default all share five, and whoever has waited
+# for one of them seems to have waited for others.
+_COPIES = 512
+
 
 def interpret(f: Callable[..., Any], *args: Any) -> tuple[Any, bool]:
     """(f(*args), whether its kernels raced), with every Mosaic GPU kernel interpreted."""
     reset_gpu_interpret_mode_state()
-    params = plgpu.InterpretGPUParams(detect_races=True)
+    params = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=_COPIES)
     try:
         with _patched(), plgpu.force_gpu_interpret_mode(params):
             results = jax.block_until_ready(f(*args))
