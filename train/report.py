@@ -29,9 +29,9 @@ class Progress:
         self._last_line = start
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("step {task.completed}/{task.total}"),
-            rich.progress.BarColumn(),
+            # All columns together fit into a terminal of 80.
+            rich.progress.BarColumn(bar_width=12),
             rich.progress.TextColumn("{task.description}"),
-            rich.progress.TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
@@ -47,9 +47,11 @@ class Progress:
     def show(self, record: Mapping[str, int | float]) -> None:
         """One line of metrics.jsonl."""
         step = int(record["step"])
-        text = f"loss {record['loss']:.3f} | answers {record['accuracy']:.0%}"
+        text = f"loss {record['loss']:.2f} | "
         if "sparsity" in record:
-            text += f" | sparsity {record['sparsity']:.2f}, target {record['target_sparsity']:.2f}"
+            text += f"sparsity {record['sparsity']:.2f}, target {record['target_sparsity']:.2f}"
+        else:
+            text += f"answers {record['accuracy']:.0%}"
         text += f" | {record['tokens_per_second']:.0f} tokens/s"
         self._bar.update(self._task, completed=step, description=text)
         due = step - self._last_line >= self._num_steps / _PLAIN_LINES or step == self._num_steps
