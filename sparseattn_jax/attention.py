@@ -41,7 +41,7 @@ class _PrefillOptions(_Options, total=False):
 
 
 class _XAttentionOptions(_PrefillOptions, total=False):
-    threshold: float | Float32[Array, " N"]
+    threshold: float | Float32[Array, ""] | Float32[Array, " N"]
     stride: int
     block_size: int
 
@@ -74,7 +74,7 @@ def xattention_prefill(
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     *,
-    threshold: float | Float32[Array, " N"] = 0.95,
+    threshold: float | Float32[Array, ""] | Float32[Array, " N"] = 0.95,
     stride: int = 16,
     block_size: int = 128,
     is_causal: bool = True,

@@ -99,6 +99,16 @@ def test_it_runs_under_jit_and_vmap():
     np.testing.assert_allclose(mapped, batched, atol=1e-6)
 
 
+def test_the_threshold_may_be_traced():
+    q, k, v = draw()
+
+    @jax.jit
+    def call(threshold):
+        return xattention_prefill(q, k, v, threshold=threshold, stride=4, block_size=8)
+
+    np.testing.assert_array_equal(call(1.0), call(jnp.ones(4)))
+
+
 def test_a_mask_of_one_head_serves_all():
     q, k, v = draw()
     shared = mask_for(q, k)

@@ -59,7 +59,7 @@ class XAttention:
             its forced blocks and the highest-scored; `SparsePattern.num_dropped` counts the rest.
     """
 
-    threshold: float | Float32[Array, " N"] = 0.95
+    threshold: float | Float32[Array, ""] | Float32[Array, " N"] = 0.95
     stride: int = dataclasses.field(default=16, metadata={"static": True})
     block_size: int = dataclasses.field(default=128, metadata={"static": True})
     max_blocks: int | None = dataclasses.field(default=None, metadata={"static": True})
