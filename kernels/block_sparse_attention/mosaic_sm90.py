@@ -105,7 +105,7 @@ def run(
         functools.partial(_kernel, call),
         out_type=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((B, call.num_blocks * block_q, N), jnp.float32),
+            jax.ShapeDtypeStruct((B, N, call.num_blocks * block_q), jnp.float32),
         ),
         scratch_types=tiling.scratch(config, H, q.dtype),
         grid=(call.num_ctas,),
@@ -115,7 +115,7 @@ def run(
         kernel_name="block_sparse_attention",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     )(q, k, v, kv_indices, kv_num_blocks, lengths, order)
-    return out[:, :T], lse[:, :T]
+    return out[:, :T], jnp.swapaxes(lse, 1, 2)[:, :T]
 
 
 def _whole_tiles(x: Float[Array, "B L heads H"]) -> Float[Array, "B L8 heads H"]:
@@ -465,7 +465,7 @@ class _Rows:
         plgpu.commit_smem()
         gmem = self.worker.gmem
         plgpu.copy_smem_to_gmem(out_tile, gmem.out.at[self.tile.batch, rows, self.tile.head])
-        gmem.lse[self.tile.batch, rows, self.tile.head] = maximum * _LN_2 + jnp.log(total)
+        gmem.lse[self.tile.batch, self.tile.head, rows] = maximum * _LN_2 + jnp.log(total)
 
     def _free_queries(self) -> None:
         if self.call.config.separate_out:
