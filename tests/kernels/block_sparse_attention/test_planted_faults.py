@@ -75,7 +75,8 @@ def is_seen() -> bool:
         (out, lse), raced = interpret(call, mosaic_sm90.run, CASE, given)
         assert_right(CASE, given, out, lse)
     except jax.errors.JaxRuntimeError as error:
-        if "observe" not in str(error):  # "threads must observe each barrier completion"
+        # "threads must observe each barrier completion"; jax 0.12 also raises its races.
+        if "observe" not in str(error) and "RACE DETECTED" not in str(error):
             raise
         return True
     except AssertionError:
