@@ -8,7 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, nvvm, vector
+from jaxtyping import Array, Float, Int32
 
 WARPGROUP_ROWS = 64
 """Rows of the matrix that one wgmma instruction computes."""
@@ -19,14 +23,41 @@ SHARED_MEMORY_BYTES = 227 * 1024
 _SWIZZLE_BYTES = 128
 
 
-def tiles(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
-    """Shared memory for matrices in the layout that TMA writes and wgmma reads."""
-    columns = _SWIZZLE_BYTES // jnp.dtype(dtype).itemsize
+def tiles(shape: tuple[int, ...], dtype: jnp.dtype, swizzle_bytes: int = _SWIZZLE_BYTES) -> Any:
+    """Shared memory for matrices in the layout that TMA writes and wgmma reads.
+
+    The operands of one product need equal swizzles. Columns are cut in whole swizzles.
+    """
+    columns = swizzle_bytes // jnp.dtype(dtype).itemsize
     if shape[-1] % columns:
         raise ValueError(f"shape={shape}: the last axis must be a multiple of {columns}")
     tiling = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
-    swizzle = plgpu.SwizzleTransform(_SWIZZLE_BYTES)  # pyright: ignore[reportAbstractUsage]
+    swizzle = plgpu.SwizzleTransform(swizzle_bytes)  # pyright: ignore[reportAbstractUsage]
     return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
+
+
+def accumulator(columns: int) -> Any:
+    """Registers for the 64 rows of a product that one warpgroup computes."""
+    shape = (WARPGROUP_ROWS, columns)
+    return plgpu.ACC(shape, jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def divide(x: jax.Array, y: int) -> tuple[jax.Array, jax.Array]:
+    """Quotient and remainder of what is not negative."""
+    return lax.div(x, jnp.int32(y)), lax.rem(x, jnp.int32(y))
+
+
+def whole_tiles(x: Float[Array, "B L heads H"]) -> Float[Array, "B L8 heads H"]:
+    """TMA moves tiles of 8 rows, and only whole ones lie within a sequence."""
+    missing = -x.shape[1] % 8
+    return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
+
+
+def longest_first(work: Int32[Array, " tiles"], group: int) -> Int32[Array, " tiles"]:
+    """Indices of the tiles in groups of so many, and within a group by falling work."""
+    tiles = jnp.arange(work.size, dtype=jnp.int32)
+    _, _, order = lax.sort((tiles // group, -work, tiles), num_keys=2)
+    return order
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +112,26 @@ class Ring:
 
     def _slot(self, step: jax.Array) -> jax.Array:
         return self.first + lax.rem(step, jnp.int32(self.stages))
+
+
+@plgpu.inline_mgpu(
+    arg_types=(plgpu.Layout.WGMMA.reduce(1),),
+    return_type=plgpu.ShapeDtypeStruct((), jnp.bool_, layout=plgpu.Layout.WG_SPLAT(())),
+)
+def warp_any(_: Any, rows: Any) -> Any:
+    """Whether any float32 of a warp's rows is not 0. It branches each warp for itself.
+
+    All warps of a warpgroup must not wait for one another under that branch.
+    """
+    i1, i32 = ir.IntegerType.get_signless(1), ir.IntegerType.get_signless(32)
+    found = arith.constant(i1, 0)
+    for register in rows.registers.flat:
+        value = vector.extract(register, dynamic_position=[], static_position=[0])
+        is_set = arith.cmpf(arith.CmpFPredicate.UNE, value, arith.constant(value.type, 0.0))
+        found = arith.ori(found, is_set)
+    every_lane = arith.constant(i32, -1)
+    found = nvvm.vote_sync(every_lane, found, nvvm.VoteSyncKind.any)
+    return mgpu.FragmentedArray.splat(found, (), is_signed=False)
 
 
 def bytes_of(scratch: object) -> int:

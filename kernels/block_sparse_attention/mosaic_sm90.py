@@ -4,9 +4,9 @@ One CTA per multiprocessor stays for the whole call; its workers go from query t
 A worker's last warpgroup loads: it reads the block lists and copies query, key and value tiles into
 rings in shared memory, running ahead into the next query tile. The others compute, each on 64 query
 rows. A step issues the scores of its key tile and the weighted values of the tile before, then does
-its softmax while the tensor cores are busy with those values. Two computing warpgroups take turns
-at the tensor cores, so that the softmax of one also runs beside the products of the other.
-(Shah et al., arXiv:2407.08608, sections 3.1 and 3.2.)
+its softmax while the tensor cores are busy with those values, or with the other warpgroup's
+products. (Shah et al., arXiv:2407.08608, section 3.2; the taking of turns of section 3.1 was
+measured to cost more than it brings.)
 """
 
 import dataclasses
@@ -24,12 +24,16 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from sparseattn_jax.kernels.backends import device_facts
 from sparseattn_jax.kernels.block_sparse_attention import tiling
-from sparseattn_jax.kernels.mosaic import WARPGROUP_ROWS, Ring
+from sparseattn_jax.kernels.mosaic import WARPGROUP_ROWS, Ring, warp_any
 
 _MATRIX = plgpu.Layout.WGMMA
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 _LOG2_E = math.log2(math.e)
 _LN_2 = math.log(2.0)
+
+# Rows keep the reference of their softmax while no score exceeds it by more than this, in base 2:
+# weights up to 256 lose no accuracy, and the output is rescaled seldom.
+_SLACK = 8.0
 
 # The first and last ptxas that miscompile wgmma under a causal mask.
 _MISCOMPILES = ((12, 8, 61), (12, 9, 41))
@@ -208,13 +212,16 @@ class _Tile(NamedTuple):
 
 
 class _Softmax(NamedTuple):
-    """A row's running maximum of the scores, in base 2, and sum of the weights."""
+    """The score, in base 2, that a row's weights are relative to, and the sum of the weights.
 
-    maximum: jax.Array
+    The reference is the maximum so far or up to `_SLACK` below it.
+    """
+
+    reference: jax.Array
     total: jax.Array
 
 
-def _kernel(call: _Call, *gmem: Any, turn_barriers: Any, out_smem: Any, **rings: Any) -> None:
+def _kernel(call: _Call, *gmem: Any, out_smem: Any, **rings: Any) -> None:
     config = call.config
     thread = lax.axis_index("warpgroup")
     num_computing = config.workers * config.warpgroups
@@ -235,8 +242,7 @@ def _kernel(call: _Call, *gmem: Any, turn_barriers: Any, out_smem: Any, **rings:
     def _compute():
         plgpu.set_max_registers(config.computing_registers, action="increase")
         warpgroup = lax.rem(thread, jnp.int32(config.warpgroups))
-        turns = _Turns(turn_barriers, warpgroup, config.warpgroups)
-        worker().compute(turns, warpgroup, out_smem)
+        worker().compute(warpgroup, out_smem)
 
     @pl.when(loads)
     def _load():
@@ -321,7 +327,7 @@ class _Worker:
 
         return step + steps
 
-    def compute(self, turns: "_Turns", warpgroup: jax.Array, out_smem: Any) -> None:
+    def compute(self, warpgroup: jax.Array, out_smem: Any) -> None:
         """Works on the rows of one computing warpgroup."""
         config = self.call.config
 
@@ -330,21 +336,26 @@ class _Worker:
             q_step = round_ * config.warpgroups + warpgroup
             self.q.wait(q_step)
             row0 = tile.block * self.call.block_q + warpgroup * WARPGROUP_ROWS
-            rows = _Rows(self, tile, row0, q_step, turns)
-            acc, state, steps = rows.attend(step)
-            if config.separate_out:
+            if config.queries_in_registers:
+                queries = plgpu.load(self.q.tile(q_step), layout=_MATRIX)
+                plgpu.commit_smem()  # or the next copy there could overtake this read
+                self.q.free(q_step)
+                rows = _Rows(self, tile, row0, lambda: queries)
                 out_tile = out_smem.at[self.in_cta * config.warpgroups + warpgroup]
             else:
+                # Opaque, or the compiler keeps the addresses of all 16 parts in registers.
+                rows = _Rows(
+                    self, tile, row0, lambda: self.q.tile(lax.optimization_barrier(q_step))
+                )
                 out_tile = self.q.tile(q_step)
+            acc, state, steps = rows.attend(step)
             rows.store(acc, state, out_tile)
-            if not config.separate_out:
+            if not config.queries_in_registers:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 self.q.free(q_step)
             return step + steps
 
-        turns.begin()
         lax.fori_loop(0, self._rounds(), compute_tile, jnp.int32(0))
-        turns.end()
         plgpu.wait_smem_to_gmem(0)
 
     def _rounds(self) -> jax.Array:
@@ -396,8 +407,7 @@ class _Rows:
     worker: _Worker
     tile: _Tile
     row0: jax.Array
-    q_step: jax.Array
-    turns: "_Turns"
+    queries: Callable[[], Any]
 
     @property
     def call(self) -> _Call:
@@ -423,11 +433,11 @@ class _Rows:
                 worker.k.wait(step + j)
 
         def advance(mask: Callable[..., jax.Array] | None, carry: Any) -> Any:
-            j, start, values, softmax, weights = carry
+            j, start, values, decay, softmax, weights = carry
             following = worker._kv_start(tile, j + 1)
             before_values = functools.partial(wait_for_keys, j + 1, following)
             mask_here = mask and functools.partial(mask, start)
-            state = self._step(step + j, values, softmax, weights, mask_here, before_values)
+            state = self._step(step + j, values, decay, softmax, weights, mask_here, before_values)
             return j + 1, following, *state
 
         def some() -> tuple[Any, ...]:
@@ -435,19 +445,18 @@ class _Rows:
             second = worker._kv_start(tile, jnp.int32(1))
             softmax, weights = self._first_step(step, start, start + kv_tile > full_end)
             wait_for_keys(jnp.int32(1), second)
-            carry = (jnp.int32(1), second, no_values, softmax, weights)
+            carry = (jnp.int32(1), second, no_values, _row_vector(1.0), softmax, weights)
             carry = lax.while_loop(
                 lambda c: more_unmasked(*c), functools.partial(advance, None), carry
             )
             carry = lax.while_loop(
                 lambda c: more(*c), functools.partial(advance, self._mask), carry
             )
-            j, _, values, softmax, weights = carry
-            self._free_queries()
+            j, _, values, decay, softmax, weights = carry
+            values = _shrink(values, decay)
             return self._last_values(step + j - 1, values, weights), softmax, j
 
         def none() -> tuple[Any, ...]:
-            self._free_queries()
             return no_values, _Softmax(_row_vector(-jnp.inf), _row_vector(0.0)), jnp.int32(0)
 
         kv_tile = self.call.config.kv_tile
@@ -456,7 +465,7 @@ class _Rows:
 
     def store(self, acc: jax.Array, softmax: _Softmax, out_tile: Any) -> None:
         """Writes output, by way of `out_tile`, and log-sum-exp; rows past the end fall away."""
-        maximum, total = softmax
+        reference, total = softmax
         inverse = jnp.where(total > 0, 1 / total, 0.0)
         out = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
         rows = pl.ds(self.row0, WARPGROUP_ROWS)
@@ -465,11 +474,7 @@ class _Rows:
         plgpu.commit_smem()
         gmem = self.worker.gmem
         plgpu.copy_smem_to_gmem(out_tile, gmem.out.at[self.tile.batch, rows, self.tile.head])
-        gmem.lse[self.tile.batch, self.tile.head, rows] = maximum * _LN_2 + jnp.log(total)
-
-    def _free_queries(self) -> None:
-        if self.call.config.separate_out:
-            self.worker.q.free(self.q_step)
+        gmem.lse[self.tile.batch, self.tile.head, rows] = reference * _LN_2 + jnp.log(total)
 
     def _first_step(self, step: jax.Array, start: jax.Array, partial: jax.Array):
         """Softmax state and weights of a list's first tile."""
@@ -477,7 +482,7 @@ class _Rows:
 
         def products(scores_acc: Any) -> jax.Array:
             k.wait(step)
-            plgpu.wgmma(scores_acc, self._queries(), k.tile(step).T)
+            plgpu.wgmma(scores_acc, self.queries(), k.tile(step).T)
             return scores_acc[...]
 
         scores = pl.run_scoped(products, self._scores_acc())
@@ -492,24 +497,24 @@ class _Rows:
         self,
         step: jax.Array,
         values: jax.Array,
+        decay: jax.Array,
         softmax: _Softmax,
         weights: jax.Array,
         mask: Callable[[jax.Array], jax.Array] | None,
         before_values: Callable[[], None],
-    ) -> tuple[jax.Array, _Softmax, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, _Softmax, jax.Array]:
         """The scores and softmax of this tile, the weighted values of the tile before.
 
-        The keys of this step have been waited for; `before_values` waits for those of the next.
+        `values` have yet to shrink by `decay`. The keys of this step have been waited for;
+        `before_values` waits for those of the next.
         """
         k, v = self.worker.k, self.worker.v
 
         def products(scores_acc: Any, values_acc: Any):
-            values_acc[...] = values
-            self.turns.take()
-            plgpu.wgmma(scores_acc, self._queries(), k.tile(step).T)
+            plgpu.wgmma(scores_acc, self.queries(), k.tile(step).T)
+            values_acc[...] = _shrink(values, decay)
             v.wait(step - 1)
             plgpu.wgmma(values_acc, weights, v.tile(step - 1))
-            self.turns.give()
             scores = plgpu.wgmma_accumulator_load(scores_acc, wait_n=1)
             k.free(step)
             if mask is not None:
@@ -517,17 +522,12 @@ class _Rows:
             # Without the barrier and the branch of the wait, compilers move the softmax past the
             # wait for the values, where no product runs beside it.
             results = self._softmax(softmax, scores, may_be_empty=mask is not None)
-            new_softmax, new_weights, decay = lax.optimization_barrier(results)
+            new_softmax, new_weights, new_decay = lax.optimization_barrier(results)
             before_values()
             new_values = values_acc[...]
             v.free(step - 1)
             # Not before: the registers of the old weights were being read.
-            new_weights = new_weights.astype(self._dtype)
-            return (
-                new_values * lax.broadcast_in_dim(decay, values.shape, [0]),
-                new_softmax,
-                new_weights,
-            )
+            return new_values, new_decay, new_softmax, new_weights.astype(self._dtype)
 
         return pl.run_scoped(products, self._scores_acc(), self._values_acc())
 
@@ -547,12 +547,14 @@ class _Rows:
     def _softmax(self, softmax: _Softmax, scores: jax.Array, *, may_be_empty: bool):
         """(new state, weights, what earlier weights shrink by) of the online softmax."""
         factor = self.call.scale * _LOG2_E
-        maximum = jnp.maximum(softmax.maximum, scores.max(axis=1) * factor)
-        shift = jnp.where(maximum == -jnp.inf, 0.0, maximum) if may_be_empty else maximum
+        highest = scores.max(axis=1) * factor
+        old = softmax.reference
+        reference = jnp.where(highest > old + _SLACK, highest, old)
+        shift = jnp.where(reference == -jnp.inf, 0.0, reference) if may_be_empty else reference
         weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(shift, scores.shape, [0]))
-        decay = jnp.exp2(softmax.maximum - shift)
+        decay = jnp.exp2(old - shift)
         total = softmax.total * decay + weights.sum(axis=1)
-        return _Softmax(maximum, total), weights, decay
+        return _Softmax(reference, total), weights, decay
 
     def _full_end(self) -> jax.Array:
         """Every row sees all keys before there."""
@@ -578,13 +580,6 @@ class _Rows:
         within = jnp.bitwise_and(column, 7)
         return jnp.where(column - within < limit - start - within, scores, -jnp.inf)
 
-    def _queries(self) -> Any:
-        step = self.q_step
-        if self.call.head_dim == 256:
-            # Opaque, or the compiler keeps the addresses of all 16 parts in registers.
-            step = lax.optimization_barrier(step)
-        return self.worker.q.tile(step)
-
     @property
     def _dtype(self) -> jnp.dtype:
         return self.worker.gmem.q.dtype
@@ -596,37 +591,13 @@ class _Rows:
         return _accumulator(self.call.head_dim)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Turns:
-    """The order in which computing warpgroups issue to the tensor cores: one after the other."""
-
-    barriers: Any
-    warpgroup: jax.Array
-    warpgroups: int
-
-    def begin(self) -> None:
-        if self.warpgroups > 1:
-
-            @pl.when(self.warpgroup == self.warpgroups - 1)
-            def _let_the_first_begin():
-                plgpu.barrier_arrive(self.barriers.at[0])
-
-    def take(self) -> None:
-        if self.warpgroups > 1:
-            plgpu.barrier_wait(self.barriers.at[self.warpgroup])
-
-    def give(self) -> None:
-        if self.warpgroups > 1:
-            following = lax.rem(self.warpgroup + 1, jnp.int32(self.warpgroups))
-            plgpu.barrier_arrive(self.barriers.at[following])
-
-    def end(self) -> None:
-        """Takes the turn that the last one gave to no use: no completion may be missed."""
-        if self.warpgroups > 1:
-
-            @pl.when(self.warpgroup == 0)
-            def _take_the_last():
-                plgpu.barrier_wait(self.barriers.at[0])
+def _shrink(values: jax.Array, decay: jax.Array) -> jax.Array:
+    """`values` times `decay` by rows; most often no row shrinks, and nothing is multiplied."""
+    return lax.cond(
+        warp_any(1.0 - decay),
+        lambda: values * lax.broadcast_in_dim(decay, values.shape, [0]),
+        lambda: values,
+    )
 
 
 def _accumulator(columns: int) -> Any:

@@ -37,8 +37,8 @@ class TileConfig:
         kv_tile: keys per step; divides block_kv.
         k_stages: key tiles in flight per worker.
         v_stages: value tiles in flight per worker.
-        separate_out: the output leaves through shared memory of its own, so that the next query
-            tile loads meanwhile; else through that of the query tile.
+        queries_in_registers: computing warpgroups read their queries once, and the next ones load
+            meanwhile. Else they stay in shared memory, by way of which the output leaves.
     """
 
     workers: int
@@ -46,7 +46,7 @@ class TileConfig:
     kv_tile: int
     k_stages: int
     v_stages: int
-    separate_out: bool
+    queries_in_registers: bool
 
     def __post_init__(self):
         if self.kv_tile % 8 or not 8 <= self.kv_tile <= 256:
@@ -69,7 +69,7 @@ class TileConfig:
 def tile_config(head_dim: int, block_q: int, block_kv: int) -> TileConfig:
     """The choice for a call.
 
-    A query block of 128 is one worker with two warpgroups, which take turns at the tensor cores.
+    A query block of 128 is one worker with two warpgroups.
     Query blocks of 64 have lists of their own, so two workers of one warpgroup share a CTA; with
     head_dim 256 the registers suffice for one.
     """
@@ -80,7 +80,7 @@ def tile_config(head_dim: int, block_q: int, block_kv: int) -> TileConfig:
         kv_tile=64 if head_dim == 256 or (two_workers and head_dim == 128) else block_kv,
         k_stages=2,
         v_stages=2,
-        separate_out=head_dim < 256,
+        queries_in_registers=head_dim < 256,
     )
 
 
@@ -94,17 +94,111 @@ def scratch(config: TileConfig, head_dim: int, dtype: jnp.dtype) -> dict[str, An
         "q_smem": mosaic.tiles(q_shape, dtype),
         "k_smem": mosaic.tiles(k_shape, dtype),
         "v_smem": mosaic.tiles(v_shape, dtype),
-        "out_smem": mosaic.tiles(q_shape, dtype) if config.separate_out else None,
+        "out_smem": mosaic.tiles(q_shape, dtype) if config.queries_in_registers else None,
         "q_barriers": _ring_barriers(q_shape[0], consumers=1),
         "k_barriers": _ring_barriers(k_shape[0], consumers=warpgroups),
         "v_barriers": _ring_barriers(v_shape[0], consumers=warpgroups),
-        "turn_barriers": plgpu.Barrier(num_barriers=warpgroups),
     }
 
 
 def shared_memory_bytes(config: TileConfig, head_dim: int, dtype: jnp.dtype) -> int:
     """Shared memory that one CTA takes."""
     return mosaic.bytes_of(scratch(config, head_dim, dtype))
+
+
+VJP_WARPGROUPS = 2
+"""Computing warpgroups of the backward kernel; one more loads."""
+
+VJP_COMPUTING_REGISTERS = 240
+"""Registers per thread of each."""
+
+VJP_LOADING_REGISTERS = 32
+"""Registers per thread of the loading warpgroup."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VjpConfig:
+    """How a CTA of the backward kernel is divided. It takes 64 queries a step.
+
+    Attributes:
+        kv_tile: keys per CTA; divides block_kv. Of 128 each warpgroup has its own 64; of 64 the
+            warpgroups have all, and each its own half of the queries and of the head's columns.
+        q_stages: query tiles in flight. With more than one the scores of the next step are begun
+            before this one is over.
+        d_out_stages: tiles of output gradients in flight.
+        swizzle_bytes: of the operands' tiles; the halves are cut in whole swizzles.
+    """
+
+    kv_tile: int
+    q_stages: int
+    d_out_stages: int
+    swizzle_bytes: int
+
+    def __post_init__(self):
+        if self.kv_tile not in (64, 128):
+            raise ValueError(f"kv_tile={self.kv_tile} must be 64 or 128")
+        if min(self.q_stages, self.d_out_stages) < 1:
+            raise ValueError(f"{self}: every count must be at least 1")
+
+    @property
+    def splits_keys(self) -> bool:
+        """Whether each warpgroup has its own keys."""
+        return self.kv_tile == VJP_WARPGROUPS * mosaic.WARPGROUP_ROWS
+
+    @property
+    def scores_ahead(self) -> bool:
+        """Whether the scores of the next step are begun before this one is over."""
+        return self.q_stages > 1
+
+
+def vjp_config(head_dim: int, block_kv: int) -> VjpConfig:
+    """The choice for a call.
+
+    With head_dim 256 the sums of 64 keys fill the registers of both warpgroups, and single stages
+    the shared memory.
+    """
+    kv_tile = 64 if head_dim == 256 else block_kv
+    stages = 1 if head_dim == 256 else 2
+    return VjpConfig(
+        kv_tile=kv_tile,
+        q_stages=stages,
+        d_out_stages=stages,
+        swizzle_bytes=128 if kv_tile == 128 and head_dim == 128 else 64,
+    )
+
+
+def vjp_scratch(config: VjpConfig, head_dim: int, dtype: jnp.dtype) -> dict[str, Any]:
+    """The backward kernel's shared memory, by the names of its scratch arguments."""
+    rows, swizzle = mosaic.WARPGROUP_ROWS, config.swizzle_bytes
+    kv_shape = (1, config.kv_tile, head_dim)
+    scores_shape = (2, config.kv_tile, rows)
+    d_q_shape = (VJP_WARPGROUPS, rows, head_dim // VJP_WARPGROUPS)
+    statistics_shape = (config.d_out_stages, 2, rows)
+
+    def barriers(slots: int) -> tuple[plgpu.Barrier, plgpu.Barrier]:
+        return _ring_barriers(slots, consumers=VJP_WARPGROUPS)
+
+    return {
+        "k_smem": mosaic.tiles(kv_shape, dtype, swizzle),
+        "v_smem": mosaic.tiles(kv_shape, dtype, swizzle),
+        "q_smem": mosaic.tiles((config.q_stages, rows, head_dim), dtype, swizzle),
+        "d_out_smem": mosaic.tiles((config.d_out_stages, rows, head_dim), dtype, swizzle),
+        "statistics_smem": plgpu.SMEM(statistics_shape, jnp.dtype(jnp.float32)),
+        "weights_smem": None if config.splits_keys else mosaic.tiles(scores_shape, dtype, swizzle),
+        "d_scores_smem": mosaic.tiles(scores_shape, dtype, swizzle),
+        "d_q_smem": mosaic.tiles(d_q_shape, jnp.dtype(jnp.float32)),
+        "k_barriers": barriers(1),
+        "v_barriers": barriers(1),
+        "q_barriers": barriers(config.q_stages),
+        "d_out_barriers": barriers(config.d_out_stages),
+        "statistics_barriers": barriers(config.d_out_stages),
+        "exchange_barrier": plgpu.Barrier(num_arrivals=VJP_WARPGROUPS),
+    }
+
+
+def vjp_shared_memory_bytes(config: VjpConfig, head_dim: int, dtype: jnp.dtype) -> int:
+    """Shared memory that one CTA of the backward kernel takes."""
+    return mosaic.bytes_of(vjp_scratch(config, head_dim, dtype))
 
 
 def _ring_barriers(slots: int, *, consumers: int) -> tuple[plgpu.Barrier, plgpu.Barrier]:

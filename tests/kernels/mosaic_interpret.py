@@ -1,10 +1,11 @@
 """Runs Mosaic GPU kernels on the CPU, and says whether their threads race.
 
-The interpreter of jax 0.11 and 0.12 lacks three things that a wgmma kernel needs; this file adds
+The interpreter of jax 0.11 and 0.12 lacks some things that a wgmma kernel needs; this file adds
 them and is the only one that reaches into it:
 - a value stored into a wgmma accumulator, and a left operand of wgmma in registers;
 - wgmma as an asynchronous reader of shared memory: a slot that is freed before the wgmma which
-  reads it has been waited for is a race, as is one that no barrier announced.
+  reads it has been waited for is a race, as is one that no barrier announced;
+- `kernels.mosaic.warp_any`. Warps have no values of their own here: they branch as one.
 """
 
 import collections
@@ -14,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax._src import core as jax_core
 from jax._src.pallas.mosaic_gpu import primitives
@@ -64,7 +66,13 @@ def _patched() -> Iterator[None]:
     def interpret_rewritten(self, jaxpr, token, *args):
         return original_interpret(self, _stores_as_swaps(jaxpr), token, *args)
 
+    def inline(self, eqn, token, get_invals):
+        assert eqn.params["mgpu_fn"].__name__ == "warp_any"
+        (rows,) = get_invals()
+        return token, [jnp.any(rows != 0.0)]
+
     with (
+        mock.patch.object(JaxprInterpreter, "_interpret_inline_mgpu_p", inline),
         mock.patch.object(gpu_callbacks, "wgmma", in_flight.issue),
         mock.patch.object(gpu_callbacks, "wgmma_accumulator_deref", deref),
         mock.patch.object(JaxprInterpreter, "interpret", interpret_rewritten),

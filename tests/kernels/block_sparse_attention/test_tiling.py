@@ -36,7 +36,7 @@ def test_the_choice_divides_the_blocks(head_dim: int, block_q: int, block_kv: in
 def test_shared_memory_is_that_of_the_tiles_and_barriers():
     config = tiling.tile_config(128, 128, 128)
     tile = 128 * 128 * 2
-    barriers = 2 * (2 + 2 + 2) + 2  # filled and freed, of each q, k and v slot; and the turns
+    barriers = 2 * (2 + 2 + 2)  # filled and freed, of each q, k and v slot
     used = tiling.shared_memory_bytes(config, 128, jnp.dtype(jnp.bfloat16))
     assert used == (1 + 2 + 2 + 1) * tile + 8 * barriers
 
