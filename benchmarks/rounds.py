@@ -1,9 +1,24 @@
-"""How many calls a timing queues: the same for JAX functions and for torch ones."""
+"""How long a call runs before it is timed and how often then: the same for JAX and for torch."""
 
+import time
+from collections.abc import Callable
 from typing import Literal
 
 # "kernel": device time of a call's kernels; "queued": wall time of queued calls.
 Timer = Literal["kernel", "queued"]
+
+
+_HEATING_SECONDS = 1.0
+
+
+def heat(queue: Callable[[], object]) -> None:
+    """Runs a queue of calls until the GPU's clock has settled at its power limit.
+
+    A cool GPU runs attention at up to 1.2 times the clock that it can hold.
+    """
+    start = time.perf_counter()
+    while time.perf_counter() - start < _HEATING_SECONDS:
+        queue()
 
 
 def calls_per_queue(call_ms: float) -> int:

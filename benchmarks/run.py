@@ -57,7 +57,7 @@ def run(
         backend: our backend, "None" for the default one.
         peers: whom to time beside us; those that are not installed are left out, and named.
         timer: by default "kernel" on a GPU and "queued" elsewhere.
-        runs: timed runs of each call, at least two.
+        runs: the fewest timed runs of each call, at least two.
         seed: of the operands and the masks.
         commit: the tree's commit, where git cannot tell.
     """

@@ -6,6 +6,7 @@ while a call takes longer than it. Where the two agree, launch overhead does not
 """
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 from jax.experimental.mosaic.gpu import profiler
 
-from benchmarks.rounds import Timer, calls_per_queue, queued_rounds
+from benchmarks.rounds import Timer, calls_per_queue, heat, queued_rounds
 
 _L2_BYTES = 50 * 2**20  # H100
 
@@ -35,13 +36,15 @@ class Timing:
 def time_call[Out](
     function: Callable[..., Out], operands: Sequence[Any], *, timer: Timer, runs: int
 ) -> tuple[Out, Timing]:
-    """Warms up and times `function(*operands)`, a jitted function; also returns its result."""
+    """Heats up with and times `function(*operands)`, a jitted function; also returns its result."""
     out = jax.block_until_ready(function(*operands))
     call_ms = _queue_ms(function, operands, calls=2)
     calls = calls_per_queue(call_ms)
+    queue = functools.partial(_queue_ms, function, operands, calls=calls)
+    heat(queue)
     rounds = runs if timer == "queued" else queued_rounds(call_ms)
-    queued = [_queue_ms(function, operands, calls=calls) for _ in range(rounds)]
-    runs_ms = queued if timer == "queued" else _kernel_ms(function, operands, runs)
+    queued = [queue() for _ in range(rounds)]
+    runs_ms = queued if timer == "queued" else _kernel_ms(function, operands, max(runs, calls))
     return out, Timing(runs_ms=runs_ms, queued_ms=statistics.median(queued))
 
 

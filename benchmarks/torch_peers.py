@@ -11,6 +11,7 @@ the output are written to rows_<index>.npy. The last line printed is a JSON list
 # torch and flash-attn-4 are nobody's requirement here.
 # pyright: reportMissingImports=false
 
+import functools
 import json
 import pathlib
 import statistics
@@ -26,7 +27,7 @@ import torch
 from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 from flash_attn.cute.interface import flash_attn_func
 
-from benchmarks.rounds import Timer, calls_per_queue, queued_rounds
+from benchmarks.rounds import Timer, calls_per_queue, heat, queued_rounds
 
 Call = Callable[[], torch.Tensor]
 
@@ -61,9 +62,11 @@ def time_call(call: Call, *, timer: Timer, runs: int) -> tuple[torch.Tensor, dic
     torch.cuda.synchronize()
     call_ms = _queue_ms(call, calls=2)
     calls = calls_per_queue(call_ms)
+    queue = functools.partial(_queue_ms, call, calls=calls)
+    heat(queue)
     rounds = runs if timer == "queued" else queued_rounds(call_ms)
-    queued = [_queue_ms(call, calls=calls) for _ in range(rounds)]
-    runs_ms = queued if timer == "queued" else _kernel_ms(call, runs)
+    queued = [queue() for _ in range(rounds)]
+    runs_ms = queued if timer == "queued" else _kernel_ms(call, max(runs, calls))
     return out, {"runs_ms": runs_ms, "queued_ms": statistics.median(queued)}
 
 

@@ -22,9 +22,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
+from sparseattn_jax.kernels import mosaic
 from sparseattn_jax.kernels.backends import device_facts
 from sparseattn_jax.kernels.block_sparse_attention import tiling
-from sparseattn_jax.kernels.mosaic import WARPGROUP_ROWS, Ring, warp_any
+from sparseattn_jax.kernels.mosaic import WARPGROUP_ROWS, Ring
 
 _MATRIX = plgpu.Layout.WGMMA
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
@@ -104,7 +105,7 @@ def run(
     )
     order = _tile_order(kv_num_blocks, N, K, kv_head_bytes=2 * S * H * k.dtype.itemsize)
     lengths = jnp.full((B,), S, jnp.int32) if kv_lengths is None else kv_lengths
-    q, k, v = _whole_tiles(q), _whole_tiles(k), _whole_tiles(v)
+    q, k, v = (mosaic.whole_tiles(x) for x in (q, k, v))
     out, lse = plgpu.kernel(
         functools.partial(_kernel, call),
         out_type=(
@@ -120,12 +121,6 @@ def run(
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     )(q, k, v, kv_indices, kv_num_blocks, lengths, order)
     return out[:, :T], jnp.swapaxes(lse, 1, 2)[:, :T]
-
-
-def _whole_tiles(x: Float[Array, "B L heads H"]) -> Float[Array, "B L8 heads H"]:
-    """TMA moves tiles of 8 rows, and only whole ones lie within a sequence."""
-    missing = -x.shape[1] % 8
-    return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
 
 
 def _multiprocessors(*operands: jax.Array) -> int:
@@ -144,9 +139,7 @@ def _tile_order(
     batch, _, num_blocks = kv_num_blocks.shape
     counts = jnp.broadcast_to(kv_num_blocks, (batch, q_heads, num_blocks)).reshape(-1)
     group = max(1, _L2_BYTES // kv_head_bytes) * (q_heads // kv_heads) * num_blocks
-    tiles = jnp.arange(counts.size, dtype=jnp.int32)
-    _, _, order = lax.sort((tiles // group, -counts, tiles), num_keys=2)
-    return order
+    return mosaic.longest_first(counts, group)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,7 +194,7 @@ class _Gmem(NamedTuple):
 
 
 class _Tile(NamedTuple):
-    """One query tile and its list."""
+    """One query tile and its list, with the first keys of its first two steps."""
 
     batch: jax.Array
     head: jax.Array
@@ -209,6 +202,8 @@ class _Tile(NamedTuple):
     block: jax.Array
     steps: jax.Array
     kv_length: jax.Array
+    first: jax.Array
+    second: jax.Array
 
 
 class _Softmax(NamedTuple):
@@ -280,16 +275,14 @@ class _Worker:
         """Fills the rings with what the computing warpgroups will ask for, in that order."""
         warpgroups = self.call.config.warpgroups
 
-        def load_tile(round_: jax.Array, step: jax.Array) -> jax.Array:
-            tile = self._tile(round_)
+        def load_tile(round_: jax.Array, tile: _Tile, step: jax.Array) -> jax.Array:
             for part in range(warpgroups):
                 rows = self._rows(tile, part)
                 source = self.gmem.q.at[tile.batch, rows, tile.head]
                 self.q.fill(round_ * warpgroups + part, source)
             return self._load_list(tile, step)
 
-        rounds = self._rounds()
-        steps = lax.fori_loop(0, rounds, load_tile, jnp.int32(0))
+        rounds, steps = self._for_each_tile(load_tile)
         self.q.drain(rounds * warpgroups)
         self.k.drain(steps)
         self.v.drain(steps)
@@ -318,7 +311,7 @@ class _Worker:
         def more(carry):
             return (carry[0] < tile.steps) & (carry[1] < visible_end)
 
-        begin = (jnp.int32(0), self._kv_start(tile, jnp.int32(0)), jnp.int32(0))
+        begin = (jnp.int32(0), tile.first, jnp.int32(0))
         steps, _, last = lax.while_loop(more, load_step, begin)
 
         @pl.when(steps > 0)
@@ -331,8 +324,7 @@ class _Worker:
         """Works on the rows of one computing warpgroup."""
         config = self.call.config
 
-        def compute_tile(round_: jax.Array, step: jax.Array) -> jax.Array:
-            tile = self._tile(round_)
+        def compute_tile(round_: jax.Array, tile: _Tile, step: jax.Array) -> jax.Array:
             q_step = round_ * config.warpgroups + warpgroup
             self.q.wait(q_step)
             row0 = tile.block * self.call.block_q + warpgroup * WARPGROUP_ROWS
@@ -355,13 +347,29 @@ class _Worker:
                 self.q.free(q_step)
             return step + steps
 
-        lax.fori_loop(0, self._rounds(), compute_tile, jnp.int32(0))
+        self._for_each_tile(compute_tile)
         plgpu.wait_smem_to_gmem(0)
 
-    def _rounds(self) -> jax.Array:
-        call = self.call
+    def _for_each_tile(
+        self, work: Callable[[jax.Array, _Tile, jax.Array], jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        """Calls `work(round, tile, step)`, which returns the next step; (rounds, steps) in the end.
+
+        Where a tile stands is read two rounds ahead and the tile's facts one, so that nobody waits
+        for either.
+        """
+
+        def turn(round_: jax.Array, carry: tuple[jax.Array, _Tile, jax.Array]):
+            step, tile, following = carry
+            ahead = self._tile(following), self._flat_tile(round_ + 2)
+            return work(round_, tile, step), *ahead
+
+        call, zero = self.call, jnp.int32(0)
         whole = jnp.int32(call.num_tiles // call.num_workers)
-        return whole + (self._place(whole) < call.num_tiles).astype(jnp.int32)
+        rounds = whole + (self._place(whole) < call.num_tiles).astype(jnp.int32)
+        begin = (zero, self._tile(self._flat_tile(zero)), self._flat_tile(zero + 1))
+        steps, *_ = lax.fori_loop(0, rounds, turn, begin)
+        return rounds, steps
 
     def _place(self, round_: jax.Array) -> jax.Array:
         """Where in the order this worker's tile of a round stands: back and forth, for balance."""
@@ -369,13 +377,19 @@ class _Worker:
         within = jnp.where(lax.rem(round_, jnp.int32(2)) == 0, self.index, last - self.index)
         return round_ * self.call.num_workers + within
 
-    def _tile(self, round_: jax.Array) -> _Tile:
+    def _flat_tile(self, round_: jax.Array) -> jax.Array:
+        """The flat index of a round's tile; that of any tile past the last round."""
+        return self.gmem.order[jnp.minimum(self._place(round_), self.call.num_tiles - 1)]
+
+    def _tile(self, flat: jax.Array) -> _Tile:
         call = self.call
-        row, block = _divmod(self.gmem.order[self._place(round_)], call.num_blocks)
-        batch, head = _divmod(row, call.q_heads)
+        row, block = mosaic.divide(flat, call.num_blocks)
+        batch, head = mosaic.divide(row, call.q_heads)
         mask_head = head if call.mask_heads > 1 else jnp.int32(0)
         steps = self.gmem.counts[batch, mask_head, block] * call.parts
-        return _Tile(batch, head, mask_head, block, steps, self.gmem.lengths[batch])
+        tile = _Tile(batch, head, mask_head, block, steps, self.gmem.lengths[batch], flat, flat)
+        first, second = (self._kv_start(tile, jnp.int32(j)) for j in range(2))
+        return tile._replace(first=first, second=second)
 
     def _rows(self, tile: _Tile, part: int) -> Any:
         return pl.ds(tile.block * self.call.block_q + part * WARPGROUP_ROWS, WARPGROUP_ROWS)
@@ -390,7 +404,7 @@ class _Worker:
 
     def _kv_start(self, tile: _Tile, j: jax.Array) -> jax.Array:
         """The first key of step j of a tile's list; of any step where the list is over."""
-        listed, part = _divmod(j, self.call.parts)
+        listed, part = mosaic.divide(j, self.call.parts)
         entry = jnp.minimum(listed, self.call.width - 1)
         block = self.gmem.indices[tile.batch, tile.mask_head, tile.block, entry]
         return block * self.call.block_kv + part * self.call.config.kv_tile
@@ -441,11 +455,9 @@ class _Rows:
             return j + 1, following, *state
 
         def some() -> tuple[Any, ...]:
-            start = worker._kv_start(tile, jnp.int32(0))
-            second = worker._kv_start(tile, jnp.int32(1))
-            softmax, weights = self._first_step(step, start, start + kv_tile > full_end)
-            wait_for_keys(jnp.int32(1), second)
-            carry = (jnp.int32(1), second, no_values, _row_vector(1.0), softmax, weights)
+            softmax, weights = self._first_step(step, tile.first, tile.first + kv_tile > full_end)
+            wait_for_keys(jnp.int32(1), tile.second)
+            carry = (jnp.int32(1), tile.second, no_values, _row_vector(1.0), softmax, weights)
             carry = lax.while_loop(
                 lambda c: more_unmasked(*c), functools.partial(advance, None), carry
             )
@@ -460,7 +472,7 @@ class _Rows:
             return no_values, _Softmax(_row_vector(-jnp.inf), _row_vector(0.0)), jnp.int32(0)
 
         kv_tile = self.call.config.kv_tile
-        visible = more(jnp.int32(0), worker._kv_start(tile, jnp.int32(0)))
+        visible = more(jnp.int32(0), tile.first)
         return lax.cond(visible, some, none)
 
     def store(self, acc: jax.Array, softmax: _Softmax, out_tile: Any) -> None:
@@ -585,29 +597,20 @@ class _Rows:
         return self.worker.gmem.q.dtype
 
     def _scores_acc(self) -> Any:
-        return _accumulator(self.call.config.kv_tile)
+        return mosaic.accumulator(self.call.config.kv_tile)
 
     def _values_acc(self) -> Any:
-        return _accumulator(self.call.head_dim)
+        return mosaic.accumulator(self.call.head_dim)
 
 
 def _shrink(values: jax.Array, decay: jax.Array) -> jax.Array:
     """`values` times `decay` by rows; most often no row shrinks, and nothing is multiplied."""
     return lax.cond(
-        warp_any(1.0 - decay),
+        mosaic.warp_any(1.0 - decay),
         lambda: values * lax.broadcast_in_dim(decay, values.shape, [0]),
         lambda: values,
     )
 
 
-def _accumulator(columns: int) -> Any:
-    shape = (WARPGROUP_ROWS, columns)
-    return plgpu.ACC(shape, jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
-
-
 def _row_vector(value: float) -> jax.Array:
     return plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), value, jnp.float32), _ROWS)
-
-
-def _divmod(x: jax.Array, y: int) -> tuple[jax.Array, jax.Array]:
-    return lax.div(x, jnp.int32(y)), lax.rem(x, jnp.int32(y))

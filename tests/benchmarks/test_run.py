@@ -13,6 +13,11 @@ from tests.drawing import block_matrix
 TOY = {"lengths": ("128",), "shape": "toy", "backend": "xla", "peers": ("xla",), "runs": 2}
 
 
+@pytest.fixture(autouse=True)
+def no_heating(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounds, "_HEATING_SECONDS", 0.0)
+
+
 @pytest.fixture
 def one_probability(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_sparse_forward, "PROBABILITIES", (1.0,))
