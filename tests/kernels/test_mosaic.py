@@ -8,9 +8,14 @@ from hypothesis import strategies as st
 
 from sparseattn_jax.kernels import mosaic
 
+# Tiles and tiles of a group: few, so that cases share compiled programs.
+SIZES = [(1, 1), (1, 3), (7, 1), (12, 4), (13, 4), (24, 23), (40, 13), (40, 50)]
 
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.integers(1, 50))
-def test_longest_first_sorts_groups_stably(work: list[int], group: int) -> None:
+
+@given(st.sampled_from(SIZES), st.data())
+def test_longest_first_sorts_groups_stably(sizes: tuple[int, int], data: st.DataObject) -> None:
+    num_tiles, group = sizes
+    work = data.draw(st.lists(st.integers(0, 5), min_size=num_tiles, max_size=num_tiles))
     order = mosaic.longest_first(jnp.asarray(work, jnp.int32), group)
     expected = sorted(range(len(work)), key=lambda tile: (tile // group, -work[tile], tile))
     np.testing.assert_array_equal(order, expected)
