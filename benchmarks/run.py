@@ -17,15 +17,16 @@ from typing import Literal
 import jax
 import tyro
 
-from benchmarks import block_sparse_forward, records, xattention
+from benchmarks import block_sparse_forward, decode, records, xattention
 from benchmarks.measure import Options, Peer
 from benchmarks.rounds import Timer
 from benchmarks.shapes import SHAPES, parse_length
 from sparseattn_jax.kernels.backends import Backend
 
-Suite = Literal["block_sparse_forward", "xattention_select", "xattention_prefill"]
+Suite = Literal["block_sparse_forward", "decode", "xattention_select", "xattention_prefill"]
 SUITES: dict[Suite, Callable[[Options, int], Iterator[records.Record | str]]] = {
     "block_sparse_forward": block_sparse_forward.run,
+    "decode": decode.run,
     "xattention_select": xattention.run_select,
     "xattention_prefill": xattention.run_prefill,
 }

@@ -11,9 +11,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
+from jax.typing import DTypeLike
 
 Backend = Literal["mosaic_sm90", "cudnn", "xla"]
+
+# The first and last ptxas that miscompile wgmma under a causal mask.
+_MISCOMPILES = ((12, 8, 61), (12, 9, 41))
 
 
 class UnsupportedError(NotImplementedError):
@@ -52,6 +57,21 @@ class Implementation[Facts]:
 
 def never_refuses(facts: object) -> None:
     """The refusal of an implementation that runs everywhere."""
+
+
+def hopper_refusal(device: DeviceFacts, dtype: DTypeLike) -> str | None:
+    """Why no Hopper kernel can take operands of this dtype on this device; None if one can."""
+    capability = device.compute_capability
+    if capability is None or capability[0] != 9:
+        found = "no NVIDIA GPU" if capability is None else f"{capability[0]}.{capability[1]}"
+        return f"needs compute capability 9.x (Hopper), got {found}"
+    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
+        return f"needs bfloat16 or float16, got {jnp.dtype(dtype).name}"
+    ptxas = device.ptxas_version
+    if ptxas is not None and _MISCOMPILES[0] <= ptxas <= _MISCOMPILES[1]:
+        found = ".".join(map(str, ptxas))
+        return f"ptxas {found} miscompiles causal kernels; install 12.9.86 or newer, or CUDA 13"
+    return None
 
 
 def device_facts(*operands: jax.Array) -> DeviceFacts:

@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from sparseattn_jax.kernels import mosaic
-from sparseattn_jax.kernels.backends import device_facts
+from sparseattn_jax.kernels.backends import device_facts, hopper_refusal
 from sparseattn_jax.kernels.block_sparse_attention import tiling
 from sparseattn_jax.kernels.mosaic import WARPGROUP_ROWS, Ring
 
@@ -36,9 +36,6 @@ _LN_2 = math.log(2.0)
 # weights up to 256 lose no accuracy, and the output is rescaled seldom.
 _SLACK = 8.0
 
-# The first and last ptxas that miscompile wgmma under a causal mask.
-_MISCOMPILES = ((12, 8, 61), (12, 9, 41))
-
 # Key/value heads whose keys and values fit here are worked on together: about two thirds of the L2
 # cache of an H100.
 _L2_BYTES = 32 * 2**20
@@ -46,22 +43,14 @@ _L2_BYTES = 32 * 2**20
 
 def refusal(facts: tiling.CallFacts) -> str | None:
     """Why this kernel cannot take a call with these facts; None if it can."""
-    capability = facts.device.compute_capability
-    if capability is None or capability[0] != 9:
-        found = "no NVIDIA GPU" if capability is None else f"{capability[0]}.{capability[1]}"
-        return f"needs compute capability 9.x (Hopper), got {found}"
-    if facts.dtype not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
-        return f"needs bfloat16 or float16, got {jnp.dtype(facts.dtype).name}"
+    if reason := hopper_refusal(facts.device, facts.dtype):
+        return reason
     if facts.head_dim not in (64, 128, 256):
         return f"needs head_dim 64, 128 or 256, got {facts.head_dim}"
     if facts.block_q not in (64, 128) or facts.block_kv not in (64, 128):
         return f"needs blocks of 64 or 128, got {facts.block_q}x{facts.block_kv}"
     if facts.has_segment_ids:
         return "takes no segment_ids yet"
-    ptxas = facts.device.ptxas_version
-    if ptxas is not None and _MISCOMPILES[0] <= ptxas <= _MISCOMPILES[1]:
-        found = ".".join(map(str, ptxas))
-        return f"ptxas {found} miscompiles causal kernels; install 12.9.86 or newer, or CUDA 13"
     return None
 
 
