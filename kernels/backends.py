@@ -59,13 +59,16 @@ def never_refuses(facts: object) -> None:
     """The refusal of an implementation that runs everywhere."""
 
 
-def hopper_refusal(device: DeviceFacts, dtype: DTypeLike) -> str | None:
-    """Why no Hopper kernel can take operands of this dtype on this device; None if one can."""
+def hopper_refusal(device: DeviceFacts, dtype: DTypeLike | None = None) -> str | None:
+    """Why no Hopper kernel can run on this device; None if one can.
+
+    A `dtype` is that of operands that the tensor cores multiply.
+    """
     capability = device.compute_capability
     if capability is None or capability[0] != 9:
         found = "no NVIDIA GPU" if capability is None else f"{capability[0]}.{capability[1]}"
         return f"needs compute capability 9.x (Hopper), got {found}"
-    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
+    if dtype is not None and jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"needs bfloat16 or float16, got {jnp.dtype(dtype).name}"
     ptxas = device.ptxas_version
     if ptxas is not None and _MISCOMPILES[0] <= ptxas <= _MISCOMPILES[1]:

@@ -1,18 +1,18 @@
-"""From block scores to a pattern: which blocks are visible, which are forced, in what chunks."""
+"""From block scores to a pattern: which blocks are visible, which are forced, in what ranges."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float32, Int32
 
 from sparseattn_jax.block_mask import BlockMask
 from sparseattn_jax.kernels.backends import Backend
 from sparseattn_jax.kernels.select_blocks import select_blocks
 from sparseattn_jax.pattern import SparsePattern
 
-type Scores = Callable[[Array, Array, Array | None], Float32[Array, "B N Tb Sb"]]
-"""Block scores of queries at the end of the keys: `scores(q, k, kv_lengths)`."""
+type Scores = Callable[[tuple[int, int]], Float32[Array, "B N rows Sb"]]
+"""Block scores of a range of query blocks, from the first to the one to stop before."""
 
 
 def num_visible_blocks(
@@ -59,10 +59,11 @@ def num_forced_blocks(q_len: int, kv_len: int, block_size: int, *, is_causal: bo
 
 def select_cumulative(
     scores: Scores,
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
     threshold: Float32[Array, " N"],
     *,
+    batch: int,
+    q_len: int,
+    kv_len: int,
     block_size: int,
     is_causal: bool,
     kv_lengths: Int32[Array, " B"] | None,
@@ -73,47 +74,40 @@ def select_cumulative(
     """The blocks whose scores reach `threshold` of each row's sum; see `kernels/select_blocks`.
 
     Causal rows keep the first block and their diagonal in any case. Scores exist for a range of
-    query blocks at one time; causal ranges only score the keys up to their end.
+    query blocks at one time.
     """
-    (batch, q_len, num_heads), kv_len = q.shape[:3], k.shape[1]
-    num_kv_blocks = -(-kv_len // block_size)
-    width = num_kv_blocks if max_blocks is None else min(max_blocks, num_kv_blocks)
-    indices, counts, num_dropped = [], [], jnp.zeros((batch, num_heads), jnp.int32)
-    for start, stop in _query_ranges(
-        q.shape, kv_len, block_size, is_causal=is_causal, workspace_bytes=workspace_bytes
-    ):
-        # The range's queries stand at the end of the keys it gets, as the whole call's do. Scores
-        # may read whole key blocks, so more queries come along until the keys end with a block.
-        end = stop
-        if is_causal:
-            end = min(stop + -(kv_len - q_len + stop) % block_size, q_len)
-        queries, keys = q[:, start:end], k[:, : kv_len - q_len + end] if is_causal else k
-        lengths = None if kv_lengths is None else jnp.minimum(kv_lengths, keys.shape[1])
-        visible, forced = _visible_and_forced(
-            queries.shape[1], keys.shape[1], block_size, is_causal=is_causal, kv_lengths=lengths
-        )
-        rows = slice(0, -(-(stop - start) // block_size))
-        range_indices, range_counts, range_dropped = select_blocks(
-            scores(queries, keys, lengths)[:, :, rows],
+    visible, forced = _visible_and_forced(
+        q_len, kv_len, block_size, is_causal=is_causal, kv_lengths=kv_lengths
+    )
+    num_q_blocks, num_kv_blocks = visible.shape[1:]
+    row_bytes = 4 * batch * len(threshold) * num_kv_blocks
+    step = min(max(1, workspace_bytes // row_bytes), num_q_blocks)
+    lists = [
+        select_blocks(
+            scores((first, min(first + step, num_q_blocks))),
             threshold,
-            forced[:, None, rows],
-            visible[:, None, rows],
+            forced[:, None, first : first + step],
+            visible[:, None, first : first + step],
             max_blocks=max_blocks,
             backend=backend,
         )
-        indices.append(_widen(range_indices, width))
-        counts.append(range_counts)
-        num_dropped += range_dropped
+        for first in range(0, num_q_blocks, step)
+    ]
+    indices, counts, num_dropped = zip(*lists, strict=True)
     blocks = BlockMask(
-        kv_indices=jnp.concatenate(indices, axis=2),
-        kv_num_blocks=jnp.concatenate(counts, axis=2),
+        kv_indices=_joined(indices),
+        kv_num_blocks=_joined(counts),
         q_len=q_len,
         kv_len=kv_len,
         block_q=block_size,
         block_kv=block_size,
         is_causal=is_causal,
     )
-    return SparsePattern(blocks=blocks, num_dropped=num_dropped)
+    return SparsePattern(blocks=blocks, num_dropped=jnp.sum(jnp.stack(num_dropped), axis=0))
+
+
+def _joined(parts: Sequence[Array]) -> Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)
 
 
 def _visible_and_forced(
@@ -133,31 +127,3 @@ def _visible_and_forced(
         return visible, jnp.zeros_like(visible)
     diagonals = first_diagonal_blocks(q_len, kv_len, block_size)[None, :, None]
     return visible, visible & ((columns >= diagonals) | (columns == 0))
-
-
-def _query_ranges(
-    q_shape: tuple[int, ...],
-    kv_len: int,
-    block_size: int,
-    *,
-    is_causal: bool,
-    workspace_bytes: int,
-) -> list[tuple[int, int]]:
-    """Ranges of whole query blocks whose scores fit the workspace.
-
-    Causal calls have up to 8 ranges of at least 32 blocks: each one scores no key behind its end,
-    which with 8 saves 7/16 of the work.
-    """
-    batch, q_len, num_heads = q_shape[:3]
-    num_q_blocks, num_kv_blocks = -(-q_len // block_size), -(-kv_len // block_size)
-    num_ranges = -(-4 * batch * num_heads * num_q_blocks * num_kv_blocks // workspace_bytes)
-    if is_causal:
-        num_ranges = max(num_ranges, min(8, num_q_blocks // 32))
-    step = -(-num_q_blocks // max(num_ranges, 1)) * block_size
-    return [(start, min(start + step, q_len)) for start in range(0, q_len, step)]
-
-
-def _widen(indices: Int32[Array, "B N Tb M"], width: int) -> Int32[Array, "B N Tb width"]:
-    """Pads lists with their first index, as `kernels/block_lists.py` has it."""
-    shape = (*indices.shape[:-1], width - indices.shape[-1])
-    return jnp.concatenate([indices, jnp.broadcast_to(indices[..., :1], shape)], axis=-1)

@@ -1,4 +1,6 @@
-"""Visible and forced blocks against the tokens, and chunks of query rows."""
+"""Visible and forced blocks against the tokens, and ranges of query blocks."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -60,18 +62,14 @@ def test_chunks_of_rows_do_not_change_the_pattern(is_causal: bool, max_blocks: i
     rng = np.random.default_rng(0)
     q, k = (jnp.array(2 * rng.normal(size=(2, *x, 8)), jnp.float32) for x in ((61, 4), (75, 2)))
 
-    def scores(q, k, kv_lengths):
-        return antidiagonal_scores(
-            q, k, stride=4, block_size=8, is_causal=is_causal, kv_lengths=kv_lengths
-        )
-
     def select(workspace_bytes: int):
-        return jax.jit(
-            lambda q, k, kv_lengths: select_cumulative(
-                scores,
-                q,
-                k,
+        def select(q, k, kv_lengths):
+            return select_cumulative(
+                functools.partial(score, q, k, kv_lengths),
                 jnp.full(4, 0.8),
+                batch=2,
+                q_len=61,
+                kv_len=75,
                 block_size=8,
                 is_causal=is_causal,
                 kv_lengths=kv_lengths,
@@ -79,37 +77,28 @@ def test_chunks_of_rows_do_not_change_the_pattern(is_causal: bool, max_blocks: i
                 backend=None,
                 workspace_bytes=workspace_bytes,
             )
-        )(q, k, jnp.array([75, 40], jnp.int32))
 
-    whole, chunked = select(2**29), select(1000)
+        return jax.jit(select)(q, k, jnp.array([75, 40], jnp.int32))
+
+    def score(q, k, kv_lengths, q_blocks):
+        ranges.append(q_blocks)
+        return antidiagonal_scores(
+            q,
+            k,
+            stride=4,
+            block_size=8,
+            is_causal=is_causal,
+            kv_lengths=kv_lengths,
+            q_blocks=q_blocks,
+        )
+
+    ranges = []
+    whole = select(2**29)
+    assert ranges == [(0, 8)]
+    ranges.clear()
+    chunked = select(1000)
+    assert ranges == [(first, min(first + 3, 8)) for first in (0, 3, 6)]
     np.testing.assert_array_equal(whole.blocks.kv_num_blocks, chunked.blocks.kv_num_blocks)
     np.testing.assert_array_equal(whole.blocks.kv_indices, chunked.blocks.kv_indices)
     np.testing.assert_array_equal(whole.num_dropped, chunked.num_dropped)
     assert (whole.num_dropped.sum() > 0) == (max_blocks is not None)
-
-
-def test_causal_chunks_score_no_key_behind_their_end():
-    seen = []
-
-    def scores(q, k, kv_lengths):
-        seen.append((q.shape[1], k.shape[1]))
-        return jnp.ones((1, 1, -(-q.shape[1] // 4), -(-k.shape[1] // 4)))
-
-    def select(q, k):
-        return select_cumulative(
-            scores,
-            q,
-            k,
-            jnp.full(1, 0.5),
-            block_size=4,
-            is_causal=True,
-            kv_lengths=None,
-            max_blocks=None,
-            backend=None,
-        )
-
-    q, k = (jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32) for length in (510, 512))
-    pattern = jax.eval_shape(select, q, k)
-    # Two keys before the first query: two more queries end each range's keys with a block.
-    assert seen == [(130, 132), (130, 260), (130, 388), (126, 512)]
-    assert pattern.blocks.kv_indices.shape == (1, 1, 128, 128)

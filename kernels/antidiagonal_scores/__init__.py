@@ -21,17 +21,18 @@ from collections.abc import Mapping
 import jax
 from jaxtyping import Array, Float, Float32, Int32
 
-from sparseattn_jax.kernels.antidiagonal_scores import xla
+from sparseattn_jax.kernels.antidiagonal_scores import mosaic_sm90, xla
+from sparseattn_jax.kernels.antidiagonal_scores.tiling import CallFacts
 from sparseattn_jax.kernels.backends import (
     Backend,
-    DeviceFacts,
     Implementation,
     choose,
     device_facts,
     never_refuses,
 )
 
-_TABLE: Mapping[Backend, Implementation[DeviceFacts]] = {
+_TABLE: Mapping[Backend, Implementation[CallFacts]] = {
+    "mosaic_sm90": Implementation(mosaic_sm90.run, mosaic_sm90.refusal),
     "xla": Implementation(xla.run, never_refuses),
 }
 
@@ -44,9 +45,10 @@ def antidiagonal_scores(
     block_size: int,
     is_causal: bool,
     kv_lengths: Int32[Array, " B"] | None = None,
+    q_blocks: tuple[int, int] | None = None,
     workspace_bytes: int = 2**29,
     backend: Backend | None = None,
-) -> Float32[Array, "B N Tb Sb"]:
+) -> Float32[Array, "B N rows Sb"]:
     """The block sums W; sums and softmax statistics are float32 whatever the operands' dtype.
 
     Args:
@@ -56,23 +58,32 @@ def antidiagonal_scores(
         block_size: queries and keys per block.
         is_causal: whether a query group sees key groups up to its own position only.
         kv_lengths: valid keys of each sequence, by default all.
-        workspace_bytes: memory for the rows of A that exist at one time, and for the keys behind
-            them. At least one query block of one kv head is processed at a time.
+        q_blocks: the first query block to score and the one to stop before, by default all.
+        workspace_bytes: memory for the rows of A, or of what is left of them, that exist at one
+            time, and for the keys behind them. At least the least that an implementation works
+            on is processed at a time, as one query block of one kv head.
         backend: which implementation runs, by default the best that can.
 
     Returns:
-        One score per query block and key block, 0 where no key group is visible.
+        One score per scored query block and key block, 0 where no key group is visible.
 
     Raises:
         UnsupportedError: the named backend cannot run this call.
     """
-    implementation = choose(_TABLE, backend, device_facts(q, k))
-    return implementation.run(
+    facts = CallFacts(
+        device=device_facts(q, k),
+        dtype=q.dtype,
+        head_dim=q.shape[-1],
+        stride=stride,
+        block_size=block_size,
+    )
+    return choose(_TABLE, backend, facts).run(
         jax.lax.stop_gradient(q),
         jax.lax.stop_gradient(k),
         kv_lengths,
         stride=stride,
         block_size=block_size,
         is_causal=is_causal,
+        q_blocks=(0, -(-q.shape[1] // block_size)) if q_blocks is None else q_blocks,
         workspace_bytes=workspace_bytes,
     )

@@ -15,15 +15,15 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from sparseattn_jax.kernels.backends import (
     Backend,
-    DeviceFacts,
     Implementation,
     choose,
     device_facts,
     never_refuses,
 )
-from sparseattn_jax.kernels.select_blocks import xla
+from sparseattn_jax.kernels.select_blocks import mosaic_sm90, xla
 
-_TABLE: Mapping[Backend, Implementation[DeviceFacts]] = {
+_TABLE: Mapping[Backend, Implementation[mosaic_sm90.CallFacts]] = {
+    "mosaic_sm90": Implementation(mosaic_sm90.run, mosaic_sm90.refusal),
     "xla": Implementation(xla.run, never_refuses),
 }
 
@@ -55,8 +55,8 @@ def select_blocks(
     Raises:
         UnsupportedError: the named backend cannot run this call.
     """
-    implementation = choose(_TABLE, backend, device_facts(scores))
-    return implementation.run(
+    facts = mosaic_sm90.CallFacts(device=device_facts(scores), num_columns=scores.shape[-1])
+    return choose(_TABLE, backend, facts).run(
         jax.lax.stop_gradient(scores),
         jax.lax.stop_gradient(threshold),
         forced,

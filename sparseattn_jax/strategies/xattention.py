@@ -83,7 +83,7 @@ class XAttention:
             )
         threshold = jnp.asarray(jax.lax.stop_gradient(self.threshold), jnp.float32)
 
-        def scores(q: Array, k: Array, kv_lengths: Array | None) -> Array:
+        def scores(q_blocks: tuple[int, int]) -> Float32[Array, "B N rows Sb"]:
             return antidiagonal_scores(
                 q,
                 k,
@@ -91,14 +91,16 @@ class XAttention:
                 block_size=self.block_size,
                 is_causal=is_causal,
                 kv_lengths=kv_lengths,
+                q_blocks=q_blocks,
                 backend=backend,
             )
 
         return select_cumulative(
             scores,
-            jax.lax.stop_gradient(q),
-            jax.lax.stop_gradient(k),
             jnp.broadcast_to(threshold, (q.shape[2],)),
+            batch=q.shape[0],
+            q_len=q.shape[1],
+            kv_len=k.shape[1],
             block_size=self.block_size,
             is_causal=is_causal,
             kv_lengths=kv_lengths,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparseattn_jax.kernels.antidiagonal_scores import antidiagonal_scores
+from sparseattn_jax.kernels.antidiagonal_scores import antidiagonal_scores, xla
 from sparseattn_jax.kernels.backends import UnsupportedError
 from tests.oracles import xattention as oracle
 
@@ -21,10 +21,15 @@ def draw(B=1, T=40, S=40, N=2, K=1, H=8, seed=0):
     return jnp.array(2.5 * q, jnp.float32), jnp.array(2.5 * k, jnp.float32)
 
 
+score_in_jit = jax.jit(
+    antidiagonal_scores,
+    static_argnames=("stride", "block_size", "is_causal", "q_blocks", "workspace_bytes"),
+)
+
+
 def score(q, k, *, kv_lengths=None, **settings):
     lengths = None if kv_lengths is None else jnp.array(kv_lengths, jnp.int32)
-    function = functools.partial(antidiagonal_scores, **settings)
-    return jax.jit(function)(q, k, kv_lengths=lengths)
+    return score_in_jit(q, k, kv_lengths=lengths, **settings)
 
 
 CASES = {
@@ -58,18 +63,36 @@ def test_equals_the_formula(shape: dict, settings: dict):
     np.testing.assert_allclose(scores, expected, atol=3e-6)
 
 
+# T, S, N, K: few, so that cases share compiled programs. T and S - T have all remainders by 8.
+SHAPES = [
+    (1, 1, 1, 1),
+    (1, 38, 4, 2),
+    (3, 3, 3, 1),
+    (6, 31, 1, 1),
+    (8, 24, 4, 2),
+    (13, 13, 3, 1),
+    (16, 16, 1, 1),
+    (18, 45, 4, 2),
+    (20, 50, 3, 1),
+    (24, 63, 1, 1),
+    (29, 41, 4, 2),
+    (31, 33, 3, 1),
+    (37, 37, 1, 1),
+    (40, 70, 4, 2),
+]
+
+
 @given(
-    T=st.integers(1, 40),
-    extra=st.integers(0, 30),
-    heads=st.sampled_from([(1, 1), (4, 2), (3, 1)]),
+    shape=st.sampled_from(SHAPES),
     stride=st.sampled_from([2, 4, 8]),
     is_causal=st.booleans(),
+    seed=st.integers(0, 10**6),
     data=st.data(),
 )
-def test_any_shape_equals_the_formula(T, extra, heads, stride, is_causal, data):
-    S = T + extra
+def test_any_shape_equals_the_formula(shape, stride, is_causal, seed, data):
+    T, S, N, K = shape
     lengths = data.draw(st.none() | st.lists(st.integers(0, S), min_size=2, max_size=2))
-    q, k = draw(B=2, T=T, S=S, N=heads[0], K=heads[1], H=4)
+    q, k = draw(B=2, T=T, S=S, N=N, K=K, H=4, seed=seed)
     settings = {"stride": stride, "block_size": 8, "is_causal": is_causal, "kv_lengths": lengths}
     expected = oracle.antidiagonal_scores(q, k, **settings)
     np.testing.assert_allclose(score(q, k, **settings), expected, atol=3e-6)
@@ -92,6 +115,32 @@ def test_the_workspace_does_not_change_the_result(workspace_bytes: int):
     expected = oracle.antidiagonal_scores(q, k, **settings)
     scores = score(q, k, workspace_bytes=workspace_bytes, **settings)
     np.testing.assert_allclose(scores, expected, atol=3e-6)
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("q_blocks", [(0, 2), (1, 4), (5, 6)], ids=str)
+def test_some_query_blocks(is_causal: bool, q_blocks: tuple[int, int]):
+    q, k = draw(B=2, T=85, S=103, N=4, K=2)
+    settings = {"stride": 4, "block_size": 16, "is_causal": is_causal, "kv_lengths": [103, 61]}
+    expected = oracle.antidiagonal_scores(q, k, **settings)[:, :, slice(*q_blocks)]
+    np.testing.assert_allclose(score(q, k, q_blocks=q_blocks, **settings), expected, atol=3e-6)
+
+
+def test_causal_ranges_score_no_key_behind_their_end(monkeypatch: pytest.MonkeyPatch):
+    seen = []
+
+    def score_all(q, k, kv_lengths, **settings):
+        seen.append((q.shape[1], k.shape[1]))
+        return jnp.ones((1, 1, -(-q.shape[1] // 4), -(-k.shape[1] // 4)))
+
+    monkeypatch.setattr(xla, "_score_all", score_all)
+    settings = {"stride": 4, "block_size": 4, "is_causal": True, "workspace_bytes": 2**20}
+    function = functools.partial(xla.run.__wrapped__, q_blocks=(0, 128), **settings)
+    q, k = (jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32) for length in (510, 512))
+    scores = jax.eval_shape(lambda q, k: function(q, k, None), q, k)
+    # Two keys before the first query: two more queries end each range's keys with a block.
+    assert seen == [(130, 132), (130, 260), (130, 388), (126, 512)]
+    assert scores.shape == (1, 1, 128, 128)
 
 
 def test_the_workspace_bounds_the_memory():
@@ -146,5 +195,5 @@ def test_works_under_vmap_and_has_no_gradient():
 
 def test_an_unknown_backend_is_refused():
     q, k = draw()
-    with pytest.raises(UnsupportedError, match="backend='cudnn': this op has xla"):
+    with pytest.raises(UnsupportedError, match="backend='cudnn': this op has mosaic_sm90, xla"):
         antidiagonal_scores(q, k, stride=4, block_size=16, is_causal=True, backend="cudnn")

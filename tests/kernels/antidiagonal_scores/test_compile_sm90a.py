@@ -1,0 +1,34 @@
+"""The Hopper kernels, with every choice of tiles, compile without a spill; no GPU needed."""
+
+import jax
+import pytest
+
+from tests.kernels.antidiagonal_scores import programs
+from tests.kernels.compile_sm90a import compile_programs
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if index % 3 == 0 else pytest.param(name, marks=pytest.mark.full)
+        for index, name in enumerate(programs.PROGRAMS)
+    ],
+)
+def test_lowers_for_cuda(name: str):
+    """Layouts agree and shared memory suffices."""
+    function, arguments = programs.PROGRAMS[name]
+    lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("mosaic_gpu_v2") == programs.KERNELS
+
+
+@pytest.fixture(scope="module")
+def compiled(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, int]]:
+    return compile_programs(programs, request.config, tmp_path_factory.mktemp("ptxas"))
+
+
+@pytest.mark.parametrize("name", programs.PROGRAMS)
+def test_compiles_without_a_spill(compiled: dict[str, dict[str, int]], name: str):
+    assert compiled[name]["kernels"] == programs.KERNELS
+    assert compiled[name]["spilled"] == 0
