@@ -8,7 +8,7 @@ from typing import Literal
 Timer = Literal["kernel", "queued"]
 
 
-_HEATING_SECONDS = 1.0
+_HEATING_SECONDS = 0.7
 
 
 def heat(queue: Callable[[], object]) -> None:
@@ -28,4 +28,4 @@ def calls_per_queue(call_ms: float) -> int:
 
 def queued_rounds(call_ms: float) -> int:
     """Queues to time: dispatch is 0.1 ms, so one queue is enough for calls of 20 ms."""
-    return 1 if call_ms > 20 else 5
+    return 1 if call_ms > 20 else 3

@@ -124,7 +124,7 @@ def test_blocks_are_drawn_with_their_probability() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call_ms", "calls", "queues"), [(0.1, 50, 5), (10.0, 20, 5), (30.0, 10, 1), (250.0, 10, 1)]
+    ("call_ms", "calls", "queues"), [(0.1, 50, 3), (10.0, 20, 3), (30.0, 10, 1), (250.0, 10, 1)]
 )
 def test_long_calls_are_queued_less_often(call_ms: float, calls: int, queues: int) -> None:
     assert rounds.calls_per_queue(call_ms) == calls
