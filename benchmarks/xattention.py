@@ -31,14 +31,15 @@ _SAMPLED_BLOCKS = 4  # query blocks whose selection is judged
 def run_select(options: Options, length: int) -> Iterator[Record | str]:
     """Selection alone: scores and lists."""
     q, k, _ = structured_operands(options.shape, length, seed=options.seed)
+    select = jax.jit(functools.partial(_select, backend=options.backend))
     for strategy in _strategies(options.shape):
         judge = functools.partial(judge_selection, q=q, k=k, strategy=strategy)
         yield options.record(
             op="xattention_select",
             case=_case(length, strategy),
             inputs=_inputs(options.shape),
-            density=float(_select(strategy, q, k).density().mean()),
-            ours=measured(_select, (strategy, q, k), judge, options),
+            density=float(select(strategy, q, k).density().mean()),
+            ours=measured(select, (strategy, q, k), judge, options),
             peer=None,
             theirs=None,
         )
@@ -69,7 +70,7 @@ def run_prefill(options: Options, length: int) -> Iterator[Record | str]:
                 op="xattention_prefill",
                 case=_case(length, strategy),
                 inputs=_inputs(shape),
-                density=float(_select(strategy, q, k).density().mean()),
+                density=float(prefill(strategy, q, k, v)[1].density().mean()),
                 ours=ours,
                 peer=peer,
                 theirs=theirs,
@@ -138,16 +139,15 @@ def _strategies(shape: Shape) -> list[XAttention]:
     ]
 
 
-@jax.jit
-def _select(strategy: XAttention, q: Array, k: Array) -> BlockMask:
-    return strategy.select(q, k).blocks
+def _select(strategy: XAttention, q: Array, k: Array, *, backend: Backend | None) -> BlockMask:
+    return strategy.select(q, k, backend=backend).blocks
 
 
 def _prefill(
     strategy: XAttention, q: Array, k: Array, v: Array, *, backend: Backend | None
 ) -> tuple[Array, BlockMask]:
     """The whole call; it also returns the lists, by which its output is judged."""
-    pattern = strategy.select(q, k)
+    pattern = strategy.select(q, k, backend=backend)
     return sparse_attention(q, k, v, pattern, backend=backend), pattern.blocks
 
 
