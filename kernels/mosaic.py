@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, nvvm, vector
+from jaxlib.mlir.dialects import arith, llvm, memref, nvvm, vector
 from jaxtyping import Array, Float, Int32
 
 WARPGROUP_ROWS = 64
@@ -150,6 +150,20 @@ def warp_any(_: Any, rows: Any) -> Any:
     every_lane = arith.constant(i32, -1)
     found = nvvm.vote_sync(every_lane, found, nvvm.VoteSyncKind.any)
     return mgpu.FragmentedArray.splat(found, (), is_signed=False)
+
+
+@plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+def take_number(_: Any, counter: Any, place: Any) -> None:
+    """Writes the value of a counter in global memory to shared memory, and counts on.
+
+    One thread does; what it wrote is announced by its arrival at a barrier.
+    """
+    i32, index = ir.IntegerType.get_signless(32), ir.IndexType.get()
+    with mgpu.when(mgpu.single_thread_predicate(mgpu.ThreadSubset.WARPGROUP)):
+        address = mgpu.utils.memref_ptr(counter)
+        code = "atom.global.add.u32 $0, [$1], 1;"
+        number = llvm.inline_asm(i32, [address], code, "=r,l", has_side_effects=True)
+        memref.store(number, place, [arith.constant(index, 0)])
 
 
 def bytes_of(scratch: object) -> int:

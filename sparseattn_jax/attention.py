@@ -293,7 +293,7 @@ def block_sparse_attention(
             Of causal calls the queries at padded positions are padding too and see nothing.
         segment_ids: a query sees keys of its own segment only.
         return_lse: whether to return the log-sum-exp too.
-        backend: of the forward. The backward runs in `xla` on every device.
+        backend: of forward and backward; by default the best forward, and `xla` backward.
 
     Returns:
         The output in q's dtype, or (output, log-sum-exp).

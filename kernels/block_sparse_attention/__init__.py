@@ -22,7 +22,7 @@ from sparseattn_jax.kernels.backends import (
     device_facts,
     never_refuses,
 )
-from sparseattn_jax.kernels.block_sparse_attention import mosaic_sm90, xla
+from sparseattn_jax.kernels.block_sparse_attention import mosaic_sm90, mosaic_sm90_vjp, xla
 from sparseattn_jax.kernels.block_sparse_attention.tiling import CallFacts
 
 _FORWARD: Mapping[Backend, Implementation[CallFacts]] = {
@@ -31,6 +31,8 @@ _FORWARD: Mapping[Backend, Implementation[CallFacts]] = {
 }
 _BACKWARD: Mapping[Backend, Implementation[CallFacts]] = {
     "xla": Implementation(xla.run_vjp, never_refuses),
+    # Last, so by name only, until it has been seen to run on a GPU.
+    "mosaic_sm90": Implementation(mosaic_sm90_vjp.run, mosaic_sm90_vjp.refusal),
 }
 
 
@@ -64,7 +66,9 @@ def block_sparse_attention(
         kv_lengths: valid keys of each sequence, by default all. What follows in k and v is
             padding, which may hold any finite value.
         segment_ids: per key position; a query sees keys of its own segment only.
-        backend: the forward's backend. The backward has `xla` alone, whatever the forward's.
+        backend: what runs, forward and backward; by default the best forward, and `xla` backward.
+            The last bits of q's gradient by `mosaic_sm90` may differ from run to run; those of
+            `xla` never do.
 
     Returns:
         The output in q's dtype, and the natural log-sum-exp of the scaled logits.
@@ -82,7 +86,7 @@ def block_sparse_attention(
     )
     call = _Call(
         forward=choose(_FORWARD, backend, facts),
-        backward=choose(_BACKWARD, None, facts),
+        backward=choose(_BACKWARD, backend, facts),
         block_q=block_q,
         block_kv=block_kv,
         is_causal=is_causal,

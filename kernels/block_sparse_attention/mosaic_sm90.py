@@ -595,7 +595,7 @@ class _Rows:
 def _shrink(values: jax.Array, decay: jax.Array) -> jax.Array:
     """`values` times `decay` by rows; most often no row shrinks, and nothing is multiplied."""
     return lax.cond(
-        mosaic.warp_any(1.0 - decay),
+        mosaic.warp_any(1.0 - decay),  # pyright: ignore[reportCallIssue]
         lambda: values * lax.broadcast_in_dim(decay, values.shape, [0]),
         lambda: values,
     )

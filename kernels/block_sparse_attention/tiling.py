@@ -155,14 +155,13 @@ def vjp_config(head_dim: int, block_kv: int) -> VjpConfig:
     """The choice for a call.
 
     With head_dim 256 the sums of 64 keys fill the registers of both warpgroups, and single stages
-    the shared memory.
+    the shared memory. Elsewhere queries are in use for two steps, so that a third stage loads.
     """
     kv_tile = 64 if head_dim == 256 else block_kv
-    stages = 1 if head_dim == 256 else 2
     return VjpConfig(
         kv_tile=kv_tile,
-        q_stages=stages,
-        d_out_stages=stages,
+        q_stages=1 if head_dim == 256 else 3,
+        d_out_stages=1 if head_dim == 256 else 2,
         swizzle_bytes=128 if kv_tile == 128 and head_dim == 128 else 64,
     )
 
@@ -175,23 +174,26 @@ def vjp_scratch(config: VjpConfig, head_dim: int, dtype: jnp.dtype) -> dict[str,
     d_q_shape = (VJP_WARPGROUPS, rows, head_dim // VJP_WARPGROUPS)
     statistics_shape = (config.d_out_stages, 2, rows)
 
-    def barriers(slots: int) -> tuple[plgpu.Barrier, plgpu.Barrier]:
-        return _ring_barriers(slots, consumers=VJP_WARPGROUPS)
+    def barriers(slots: int, *, tiles: int = 1) -> tuple[plgpu.Barrier, plgpu.Barrier]:
+        filled = plgpu.Barrier(num_barriers=slots, num_arrivals=tiles)
+        return filled, plgpu.Barrier(num_barriers=slots, num_arrivals=VJP_WARPGROUPS)
 
     return {
-        "k_smem": mosaic.tiles(kv_shape, dtype, swizzle),
-        "v_smem": mosaic.tiles(kv_shape, dtype, swizzle),
+        "number_smem": plgpu.SMEM((2, 1), jnp.dtype(jnp.int32)),
+        "kv_smem": (mosaic.tiles(kv_shape, dtype, swizzle), mosaic.tiles(kv_shape, dtype, swizzle)),
         "q_smem": mosaic.tiles((config.q_stages, rows, head_dim), dtype, swizzle),
-        "d_out_smem": mosaic.tiles((config.d_out_stages, rows, head_dim), dtype, swizzle),
-        "statistics_smem": plgpu.SMEM(statistics_shape, jnp.dtype(jnp.float32)),
+        "d_out_smem": (
+            mosaic.tiles((config.d_out_stages, rows, head_dim), dtype, swizzle),
+            plgpu.SMEM(statistics_shape, jnp.dtype(jnp.float32)),
+        ),
         "weights_smem": None if config.splits_keys else mosaic.tiles(scores_shape, dtype, swizzle),
         "d_scores_smem": mosaic.tiles(scores_shape, dtype, swizzle),
         "d_q_smem": mosaic.tiles(d_q_shape, jnp.dtype(jnp.float32)),
-        "k_barriers": barriers(1),
-        "v_barriers": barriers(1),
+        # The loading warpgroup reads the numbers too.
+        "number_barriers": _ring_barriers(2, consumers=VJP_WARPGROUPS + 1),
+        "kv_barriers": barriers(1, tiles=2),
         "q_barriers": barriers(config.q_stages),
-        "d_out_barriers": barriers(config.d_out_stages),
-        "statistics_barriers": barriers(config.d_out_stages),
+        "d_out_barriers": barriers(config.d_out_stages, tiles=2),
         "exchange_barrier": plgpu.Barrier(num_arrivals=VJP_WARPGROUPS),
     }
 

@@ -1,4 +1,4 @@
-"""The Hopper kernel with every choice of tiles, to be compiled: no arrays, only their shapes."""
+"""The Hopper kernels with every choice of tiles, to be compiled: no arrays, only their shapes."""
 
 import functools
 import itertools
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparseattn_jax.kernels.block_sparse_attention import mosaic_sm90
+from sparseattn_jax.kernels.block_sparse_attention import mosaic_sm90, mosaic_sm90_vjp
 
 type Program = tuple[Callable[..., Any], Sequence[jax.ShapeDtypeStruct]]
 
@@ -35,12 +35,36 @@ def program(dtype: str, head_dim: int, block_q: int, block_kv: int, is_causal: b
     )
 
 
+def vjp_program(dtype: str, head_dim: int, block_q: int, block_kv: int, is_causal: bool) -> Program:
+    """The gradients of that prefill."""
+    _, given = program(dtype, head_dim, block_q, block_kv, is_causal)
+    run = functools.partial(
+        mosaic_sm90_vjp.run,
+        segment_ids=None,
+        block_q=block_q,
+        block_kv=block_kv,
+        is_causal=is_causal,
+        scale=head_dim**-0.5,
+    )
+    q = given[0]
+    rows = jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)
+    return lambda *x: run(*x[:6], out=x[6], lse=x[7], d_out=x[8], d_lse=x[9]), (
+        *given,
+        q,
+        rows,
+        q,
+        rows,
+    )
+
+
 _SHAPES = itertools.product((64, 128, 256), (64, 128), (64, 128))
 _KINDS = (("bfloat16", True), ("float16", False))
 
 PROGRAMS = {
-    f"{dtype}-H{head_dim}-{block_q}x{block_kv}-{'causal' if is_causal else 'full'}": program(
+    f"{name}{dtype}-H{head_dim}-{block_q}x{block_kv}-{'causal' if is_causal else 'full'}": make(
         dtype, head_dim, block_q, block_kv, is_causal
     )
-    for (head_dim, block_q, block_kv), (dtype, is_causal) in itertools.product(_SHAPES, _KINDS)
+    for (head_dim, block_q, block_kv), (dtype, is_causal), (name, make) in itertools.product(
+        _SHAPES, _KINDS, (("", program), ("vjp-", vjp_program))
+    )
 }

@@ -64,3 +64,40 @@ def test_a_count_below_one_raises(name: str):
 def test_a_row_that_is_no_multiple_of_the_swizzle_raises():
     with pytest.raises(ValueError, match="the last axis must be a multiple of 64"):
         mosaic.tiles((64, 96), jnp.dtype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "block_kv"), list(itertools.product((64, 128, 256), (64, 128)))
+)
+def test_the_choice_of_the_backward_fits_a_multiprocessor(head_dim: int, block_kv: int):
+    config = tiling.vjp_config(head_dim, block_kv)
+    for dtype in (jnp.bfloat16, jnp.float16):
+        used = tiling.vjp_shared_memory_bytes(config, head_dim, jnp.dtype(dtype))
+        assert used <= mosaic.SHARED_MEMORY_BYTES
+    computing = tiling.VJP_WARPGROUPS * tiling.VJP_COMPUTING_REGISTERS
+    assert (computing + tiling.VJP_LOADING_REGISTERS) * WARPGROUP_THREADS <= REGISTERS
+    assert block_kv % config.kv_tile == 0
+
+
+def test_shared_memory_of_the_backward_is_that_of_the_tiles_and_barriers():
+    config = tiling.vjp_config(128, 128)
+    keys_and_values, queries, d_out, d_scores = 2 * 128, 3 * 64, 2 * 64, 2 * 64
+    tiles = (keys_and_values + queries + d_out + d_scores) * 128 * 2
+    d_q, statistics = 64 * 128 * 4, 2 * 2 * 64 * 4
+    numbers = 2 * 4
+    barriers = 2 * (1 + 3 + 2 + 2) + 1
+    used = tiling.vjp_shared_memory_bytes(config, 128, jnp.dtype(jnp.bfloat16))
+    assert used == tiles + d_q + statistics + numbers + 8 * barriers
+
+
+def test_a_key_tile_of_the_backward_that_no_warpgroups_share_raises():
+    config = tiling.vjp_config(128, 128)
+    with pytest.raises(ValueError, match="kv_tile=256 must be 64 or 128"):
+        dataclasses.replace(config, kv_tile=256)
+
+
+@pytest.mark.parametrize("name", ["q_stages", "d_out_stages"])
+def test_a_count_of_the_backward_below_one_raises(name: str):
+    config = tiling.vjp_config(128, 128)
+    with pytest.raises(ValueError, match=rf"{name}=0.*every count must be at least 1"):
+        dataclasses.replace(config, **{name: 0})

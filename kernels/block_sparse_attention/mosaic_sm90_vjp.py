@@ -1,0 +1,814 @@
+"""Gradients of block-sparse attention on Hopper: FlashAttention-3's shape over transposed lists.
+
+One CTA per multiprocessor stays for the whole call and draws key tile after key tile. Its last
+warpgroup loads: it reads the list of the query blocks that see the tile, for all query heads of the
+key/value head, and copies queries, output gradients and row statistics into rings in shared memory.
+Two warpgroups compute, transposed, so that weights and their gradients are left operands: with S =
+K q^T and P = exp(S - lse), dS = P * (V dO^T - delta), they sum dV += P dO and dK += dS q in
+registers, exchange dS through shared memory, and add dq = dS^T K to global memory by TMA.
+(Shah et al., arXiv:2407.08608, section 3 and appendix B; delta absorbs the gradient of lse.)
+
+A list that is much longer than the others is cut into pieces for several CTAs, whose dk and dv are
+summed afterwards. dk and dv are summed in a fixed order. Tiles of dq are added in the order of
+their arrival, in float32: its last bits may differ from run to run.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from sparseattn_jax.kernels import block_lists, mosaic
+from sparseattn_jax.kernels.backends import device_facts
+from sparseattn_jax.kernels.block_sparse_attention import mosaic_sm90, tiling
+from sparseattn_jax.kernels.mosaic import WARPGROUP_ROWS, Ring
+
+_MATRIX = plgpu.Layout.WGMMA
+_ROWS = plgpu.Layout.WGMMA.reduce(1)
+_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+_LOG2_E = math.log2(math.e)
+
+# So many of the longest lists at most are cut, into so many pieces, each a CTA's: a key block that
+# most queries list, as the first often is, would take one longer than all the others together.
+_LONG_LISTS = 32
+_PIECES = 8
+
+# Key/value heads whose queries, output gradients and query gradients fit here are worked on
+# together: about two thirds of the L2 cache of an H100.
+_L2_BYTES = 32 * 2**20
+
+
+def refusal(facts: tiling.CallFacts) -> str | None:
+    """Why this kernel cannot take a call with these facts; None if it can."""
+    return mosaic_sm90.refusal(facts)
+
+
+def run(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    kv_indices: Int32[Array, "B #N Tb M"],
+    kv_num_blocks: Int32[Array, "B #N Tb"],
+    kv_lengths: Int32[Array, " B"] | None,
+    segment_ids: None,
+    out: Float[Array, "B T N H"],
+    lse: Float32[Array, "B T N"],
+    d_out: Float[Array, "B T N H"],
+    d_lse: Float32[Array, "B T N"],
+    *,
+    block_q: int,
+    block_kv: int,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """Gradients of q, k and v, for calls that `refusal` lets through.
+
+    Takes float32 memory of q's shape, and for the pieces of long lists up to 32 MiB. Lengths that
+    are no multiple of 8 cost a copy of the arrays concerned.
+    """
+    del segment_ids
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    config = tiling.vjp_config(H, block_kv)
+    call = _Call(
+        q_len=T,
+        kv_len=S,
+        q_heads=N,
+        kv_heads=K,
+        head_dim=H,
+        mask_heads=min(kv_indices.shape[1], K),
+        block_q=block_q,
+        block_kv=block_kv,
+        is_causal=is_causal,
+        scale=scale,
+        num_tiles=B * K * pl.cdiv(S, config.kv_tile),
+        max_ctas=_multiprocessors(q, k, v),
+        config=config,
+    )
+    q_indices, q_counts = _transposed(kv_indices, kv_num_blocks, call)
+    plan = _plan(q_counts, call)
+    lengths = jnp.full((B,), S, jnp.int32) if kv_lengths is None else kv_lengths
+    statistics = _row_statistics(out, lse, d_out, d_lse, call)
+    q, k, v, d_out = (mosaic.whole_tiles(x) for x in (q, k, v, d_out))
+    counter = jax.new_ref(jnp.zeros((1,), jnp.int32))
+    d_q = jax.new_ref(jnp.zeros(q.shape, jnp.float32))
+    d_k, d_v, pieces = plgpu.kernel(
+        functools.partial(_kernel, call),
+        out_type=(
+            jax.ShapeDtypeStruct(k.shape, k.dtype),
+            jax.ShapeDtypeStruct(v.shape, v.dtype),
+            jax.ShapeDtypeStruct((call.num_long, _PIECES, 2, config.kv_tile, H), jnp.float32),
+        ),
+        scratch_types=tiling.vjp_scratch(config, H, q.dtype),
+        grid=(call.num_ctas,),
+        grid_names=("cta",),
+        num_threads=tiling.VJP_WARPGROUPS + 1,
+        thread_name="warpgroup",
+        kernel_name="block_sparse_attention_vjp",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=0,
+            # No thread reads what it writes to shared memory: products and copies do.
+            unsafe_no_auto_barriers=True,
+        ),
+    )(q, k, v, d_out, statistics, q_indices, q_counts.reshape(-1), lengths, *plan, counter, d_q)
+    d_k, d_v = _with_long_lists(d_k, d_v, pieces, plan, call)
+    return (d_q[:, :T] * scale).astype(q.dtype), d_k[:, :S], d_v[:, :S]
+
+
+def _multiprocessors(*operands: jax.Array) -> int:
+    """Those of the device that will run; of an H100 where there is none, as when only lowering."""
+    return device_facts(*operands).multiprocessors or 132
+
+
+def _transposed(
+    kv_indices: Int32[Array, "B heads Tb M"],
+    kv_num_blocks: Int32[Array, "B heads Tb"],
+    call: "_Call",
+) -> tuple[Int32[Array, "lists rows"], Int32[Array, "B kv_heads Sb"]]:
+    """For each key block the rows that list and may see it: query blocks of the whole group.
+
+    The rows of a key/value head are those of its first query head, then of its second, and so on;
+    where all heads share their lists there is one.
+    """
+    B, heads, _, width = kv_indices.shape
+    indices = kv_indices.reshape(B, call.mask_heads, -1, width)
+    counts = kv_num_blocks.reshape(B, call.mask_heads, -1)
+    keep = block_lists.to_dense(indices, counts, call.num_kv_blocks)
+    if call.is_causal:
+        visible = jnp.tile(_visible_blocks(call), (heads // call.mask_heads, 1))
+        keep = keep & visible[None, None]
+    q_indices, q_counts = block_lists.from_dense(jnp.swapaxes(keep, -1, -2))
+    return q_indices.reshape(-1, q_indices.shape[-1]), q_counts
+
+
+def _visible_blocks(call: "_Call") -> Bool[Array, "Tb Sb"]:
+    """Where some key is not behind some query."""
+    last_query = (jnp.arange(call.num_q_blocks) + 1) * call.block_q - 1
+    first_key = jnp.arange(call.num_kv_blocks) * call.block_kv
+    return first_key[None] <= last_query[:, None] + (call.kv_len - call.q_len)
+
+
+def _plan(q_counts: Int32[Array, "B kv_heads Sb"], call: "_Call") -> "_Plan":
+    """What the CTAs draw: first the pieces of long lists, then key/value heads in groups.
+
+    A list is long that has more than twice the mean length. Within a group the longest come first.
+    """
+    per_tile = jnp.repeat(q_counts, call.kv_parts, axis=-1)[..., : call.num_kv_tiles]
+    shape = (q_counts.shape[0], call.kv_heads, call.num_kv_tiles)
+    work = jnp.broadcast_to(per_tile, shape).reshape(-1)
+    by_length = mosaic.longest_first(work, call.num_tiles)[: call.num_long]
+    is_long = work[by_length] * call.num_tiles > 2 * jnp.sum(work)
+    long_tiles = jnp.where(is_long, by_length, call.num_tiles)
+    is_cut = jnp.zeros(call.num_tiles, bool).at[long_tiles].set(True, mode="drop")
+
+    group = jnp.arange(call.num_tiles, dtype=jnp.int32) // call.group_tiles
+    last = call.num_tiles // call.group_tiles
+    longest = call.group * call.num_q_blocks
+    whole = jnp.where(is_cut, -1, (last - group) * (longest + 1) + work)
+    pieces = jnp.where(is_long, (last + 1) * (longest + 1) + work[by_length], -1)
+    urgency = jnp.concatenate((whole, jnp.repeat(pieces, _PIECES)))
+    order = mosaic.longest_first(urgency, urgency.size)
+    return _Plan(order, jnp.sum(urgency >= 0, dtype=jnp.int32).reshape(1), long_tiles)
+
+
+def _with_long_lists(
+    d_k: Float[Array, "B S8 K H"],
+    d_v: Float[Array, "B S8 K H"],
+    pieces: Float32[Array, "lists pieces 2 keys H"],
+    plan: "_Plan",
+    call: "_Call",
+) -> tuple[Float[Array, "B S8 K H"], Float[Array, "B S8 K H"]]:
+    """dk and dv, with those of the tiles whose lists were cut."""
+    sums = jnp.sum(pieces, axis=1)
+    row, kv_tile = jnp.divmod(plan.long_tiles[:, None], call.num_kv_tiles)
+    batch, kv_head = jnp.divmod(row, call.kv_heads)  # past the last where there is no list
+    key = kv_tile * call.config.kv_tile + jnp.arange(call.config.kv_tile)[None]
+    where = (batch, key, kv_head)
+    d_k = d_k.at[where].set((sums[:, 0] * call.scale).astype(d_k.dtype), mode="drop")
+    return d_k, d_v.at[where].set(sums[:, 1].astype(d_v.dtype), mode="drop")
+
+
+def _row_statistics(
+    out: Float[Array, "B T N H"],
+    lse: Float32[Array, "B T N"],
+    d_out: Float[Array, "B T N H"],
+    d_lse: Float32[Array, "B T N"],
+    call: "_Call",
+) -> Float32[Array, "B N tiles 2 64"]:
+    """Per query tile the log-sum-exp in base 2 and delta, what dP loses before it meets P.
+
+    An infinite log-sum-exp makes the weights of empty and of missing rows zero.
+    """
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
+    lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * _LOG2_E)
+    padding = ((0, 0), (0, call.num_q_blocks * call.block_q - call.q_len), (0, 0))
+    lse = jnp.pad(lse, padding, constant_values=jnp.inf)
+    rows = jnp.stack((lse, jnp.pad(delta, padding)))
+    rows = rows.reshape(2, rows.shape[1], -1, WARPGROUP_ROWS, call.q_heads)
+    return jnp.transpose(rows, (1, 4, 2, 0, 3))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Call:
+    """What is static in a call."""
+
+    q_len: int
+    kv_len: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    mask_heads: int
+    block_q: int
+    block_kv: int
+    is_causal: bool
+    scale: float
+    num_tiles: int
+    max_ctas: int
+    config: tiling.VjpConfig
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head."""
+        return self.q_heads // self.kv_heads
+
+    @property
+    def num_long(self) -> int:
+        return min(_LONG_LISTS, self.num_tiles)
+
+    @property
+    def num_q_blocks(self) -> int:
+        return pl.cdiv(self.q_len, self.block_q)
+
+    @property
+    def num_kv_blocks(self) -> int:
+        return pl.cdiv(self.kv_len, self.block_kv)
+
+    @property
+    def num_kv_tiles(self) -> int:
+        return pl.cdiv(self.kv_len, self.config.kv_tile)
+
+    @property
+    def num_ctas(self) -> int:
+        return min(self.max_ctas, self.num_tiles)
+
+    @property
+    def group_tiles(self) -> int:
+        """Tiles of the key/value heads that are worked on together.
+
+        They fit the L2 cache, or are enough for two rounds, which balance each other.
+        """
+        bytes_per_query = 2 * 2 + 4  # queries, their gradients and those of the output
+        head_bytes = bytes_per_query * self.q_len * self.group * self.head_dim
+        heads = max(_L2_BYTES // head_bytes, pl.cdiv(2 * self.num_ctas, self.num_kv_tiles))
+        return min(heads * self.num_kv_tiles, self.num_tiles)
+
+    @property
+    def q_parts(self) -> int:
+        """Steps per listed query block."""
+        return self.block_q // WARPGROUP_ROWS
+
+    @property
+    def kv_parts(self) -> int:
+        """Key tiles per key block."""
+        return self.block_kv // self.config.kv_tile
+
+
+class _Plan(NamedTuple):
+    """Which CTA work there is.
+
+    Attributes:
+        order: what is drawn in turn: a flat index of a key tile [B, K, tiles]; or of a piece
+            [lists, pieces] of a long list, added to the number of tiles.
+        length: how much of the order counts.
+        long_tiles: the flat indices of the tiles whose lists are cut; the number of tiles where
+            there are no more.
+    """
+
+    order: Int32[Array, " units"]
+    length: Int32[Array, " 1"]
+    long_tiles: Int32[Array, " lists"]
+
+
+class _Gmem(NamedTuple):
+    """The kernel's arguments in global memory."""
+
+    q: Any
+    k: Any
+    v: Any
+    d_out: Any
+    statistics: Any
+    indices: Any
+    counts: Any
+    lengths: Any
+    order: Any
+    length: Any
+    long_tiles: Any
+    counter: Any
+    d_q: Any
+    d_k: Any
+    d_v: Any
+    pieces: Any
+
+
+class _Tile(NamedTuple):
+    """One key tile and the list of its key block, from one step on; or a piece of them."""
+
+    batch: jax.Array
+    kv_head: jax.Array
+    list_index: jax.Array
+    key0: jax.Array
+    num_listed: jax.Array
+    piece: jax.Array
+    first_step: jax.Array
+    steps: jax.Array
+    kv_length: jax.Array
+
+
+class _Queries(NamedTuple):
+    """The 64 queries of one step."""
+
+    head: jax.Array
+    row0: jax.Array
+
+
+def _kernel(
+    call: _Call,
+    *gmem: Any,
+    weights_smem: Any,
+    d_scores_smem: Any,
+    d_q_smem: Any,
+    exchange_barrier: Any,
+    **rings: Any,
+) -> None:
+    thread = lax.axis_index("warpgroup")
+    config = call.config
+    cta = functools.partial(
+        _Cta,
+        call=call,
+        gmem=_Gmem(*gmem),
+        numbers=_Numbers(**vars(_ring(rings, "number", 2))),
+        kv=_ring(rings, "kv", 1),
+        q=_ring(rings, "q", config.q_stages),
+        d_out=_ring(rings, "d_out", config.d_out_stages),
+    )
+
+    @pl.when(thread < tiling.VJP_WARPGROUPS)
+    def _compute():
+        plgpu.set_max_registers(tiling.VJP_COMPUTING_REGISTERS, action="increase")
+        smem = _Exchange(weights_smem, d_scores_smem, d_q_smem.at[thread], exchange_barrier)
+        _Warpgroup(cta=cta(), index=thread, smem=smem).compute()
+
+    @pl.when(thread == tiling.VJP_WARPGROUPS)
+    def _load():
+        plgpu.set_max_registers(tiling.VJP_LOADING_REGISTERS, action="decrease")
+        cta().load()
+
+
+def _ring(refs: dict[str, Any], name: str, stages: int) -> Ring:
+    filled, freed = refs[f"{name}_barriers"]
+    return Ring(slots=refs[f"{name}_smem"], filled=filled, freed=freed, stages=stages)
+
+
+class _Numbers(Ring):
+    """A ring of the tiles' places in the order, as the CTA draws them; all warpgroups read it."""
+
+    def draw(self, counter: Any, step: jax.Array) -> None:
+        slot = self._slot(step)
+
+        @pl.when(step >= self.stages)
+        def _wait_until_free():
+            plgpu.barrier_wait(self.freed.at[slot])
+
+        mosaic.take_number(counter, self.slots.at[slot])  # pyright: ignore[reportCallIssue]
+        plgpu.barrier_arrive(self.filled.at[slot])
+
+    def get(self, step: jax.Array) -> jax.Array:
+        self.wait(step)
+        number = self.tile(step)[0]
+        self.free(step)
+        return number
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Cta:
+    """A loading warpgroup and the two computing ones that it serves.
+
+    Output gradients come with the statistics of their rows.
+    """
+
+    call: _Call
+    gmem: _Gmem
+    numbers: "_Numbers"
+    kv: Ring
+    q: Ring
+    d_out: Ring
+
+    def load(self) -> None:
+        """Fills the rings with what the computing warpgroups will ask for, in that order."""
+
+        def load_tile(carry):
+            number, round_, step = carry
+            tile = self.tile(number)
+            self._load_list(tile, round_, step)
+            self.numbers.draw(self.gmem.counter, round_ + 1)
+            return self.numbers.get(round_ + 1), round_ + 1, step + tile.steps
+
+        self.numbers.draw(self.gmem.counter, jnp.int32(0))
+        first = self.numbers.get(jnp.int32(0))
+        carry = (first, jnp.int32(0), jnp.int32(0))
+        _, rounds, steps = lax.while_loop(self.more, load_tile, carry)
+        self.numbers.drain(rounds + 1)
+        self.kv.drain(rounds)
+        self.q.drain(steps)
+        self.d_out.drain(steps)
+
+    def more(self, carry: Any) -> jax.Array:
+        """Whether the number that was drawn is that of a tile."""
+        return carry[0] < self.gmem.length[0]
+
+    def _load_list(self, tile: _Tile, round_: jax.Array, step: jax.Array) -> None:
+        """Loads queries one step ahead of output gradients; the first before the keys."""
+        gmem = self.gmem
+
+        def load_queries(i: jax.Array, queries: _Queries) -> None:
+            @pl.when(i < tile.steps)
+            def _fill():
+                self.q.fill(step + i, self.rows(gmem.q, tile, queries))
+
+        first = self.queries(tile, jnp.int32(0))
+        load_queries(jnp.int32(0), first)
+        self.kv.fill(round_, (self.keys(gmem.k, tile), self.keys(gmem.v, tile)))
+
+        def load_step(i: jax.Array, queries: _Queries) -> _Queries:
+            following = self.queries(tile, i + 1)
+            q_tile = lax.div(queries.row0, jnp.int32(WARPGROUP_ROWS))
+            statistics = gmem.statistics.at[tile.batch, queries.head, q_tile]
+            self.d_out.fill(step + i, (self.rows(gmem.d_out, tile, queries), statistics))
+            load_queries(i + 1, following)
+            return following
+
+        lax.fori_loop(0, tile.steps, load_step, first)
+
+    def tile(self, number: jax.Array) -> _Tile:
+        call, gmem = self.call, self.gmem
+        unit = gmem.order[number]
+        piece = unit - call.num_tiles
+        long_list, part = mosaic.divide(jnp.maximum(piece, 0), _PIECES)
+        flat = jnp.where(piece >= 0, gmem.long_tiles[long_list], unit)
+        row, kv_tile = mosaic.divide(flat, call.num_kv_tiles)
+        batch, kv_head = mosaic.divide(row, call.kv_heads)
+        mask_row = row if call.mask_heads > 1 else batch
+        list_index = mask_row * call.num_kv_blocks + lax.div(kv_tile, jnp.int32(call.kv_parts))
+        key0 = kv_tile * call.config.kv_tile
+        num_listed = gmem.counts[list_index]
+        kv_length = gmem.lengths[batch]
+        steps = jnp.where(key0 < kv_length, num_listed * (call.q_parts * self._heads_per_list), 0)
+        first = lax.div(steps * part, jnp.int32(_PIECES))
+        end = lax.div(steps * (part + 1), jnp.int32(_PIECES))
+        steps = jnp.where(piece >= 0, end - first, steps)
+        return _Tile(batch, kv_head, list_index, key0, num_listed, piece, first, steps, kv_length)
+
+    @property
+    def _heads_per_list(self) -> int:
+        """Query heads that go through one list in turn; else a list names the heads itself."""
+        rows = self.gmem.indices.shape[-1]
+        return self.call.group if rows == self.call.num_q_blocks else 1
+
+    def queries(self, tile: _Tile, i: jax.Array) -> _Queries:
+        """The queries of step i; any of the list's where it is over."""
+        call = self.call
+        listed, part = mosaic.divide(tile.first_step + i, call.q_parts)
+        member = jnp.int32(0)
+        if self._heads_per_list > 1:
+            member = jnp.minimum(lax.div(listed, jnp.maximum(tile.num_listed, 1)), call.group - 1)
+            listed = listed - member * tile.num_listed
+        entry = jnp.minimum(listed, self.gmem.indices.shape[-1] - 1)
+        row = self.gmem.indices[tile.list_index, entry]
+        if self._heads_per_list == 1:
+            member, row = mosaic.divide(row, call.num_q_blocks)
+        row0 = row * call.block_q + part * WARPGROUP_ROWS
+        return _Queries(tile.kv_head * call.group + member, row0)
+
+    def rows(self, gmem: Any, tile: _Tile, queries: _Queries) -> Any:
+        row0 = pl.multiple_of(queries.row0, WARPGROUP_ROWS)
+        return gmem.at[tile.batch, pl.ds(row0, WARPGROUP_ROWS), queries.head]
+
+    def keys(self, gmem: Any, tile: _Tile) -> Any:
+        size = self.call.config.kv_tile
+        return gmem.at[tile.batch, pl.ds(pl.multiple_of(tile.key0, size), size), tile.kv_head]
+
+
+class _Exchange(NamedTuple):
+    """Shared memory through which the computing warpgroups meet.
+
+    Attributes:
+        weights: P [2, keys, queries], if a warpgroup needs the other's; else None.
+        d_scores: dS [2, keys, queries].
+        d_q: this warpgroup's columns of a tile of dq.
+        barrier: completed when both warpgroups have come to the same place.
+    """
+
+    weights: Any
+    d_scores: Any
+    d_q: Any
+    barrier: Any
+
+    def meet(self) -> None:
+        plgpu.barrier_arrive(self.barrier)
+        plgpu.barrier_wait(self.barrier)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Warpgroup:
+    """One of the two computing warpgroups.
+
+    Of S it computes its own half: 64 of 128 keys, or 32 of 64 queries. Of dK and dV it has its own
+    keys, or its own half of the columns, and of dq always its own half of the columns.
+    """
+
+    cta: _Cta
+    index: jax.Array
+    smem: _Exchange
+
+    def compute(self) -> None:
+        cta = self.cta
+
+        def compute_tile(carry):
+            number, round_, step = carry
+            tile = cta.tile(number)
+            self.cta.kv.wait(round_)
+            # Opaque, or the compiler finds that the first slot is always the same, and keeps its
+            # addresses in registers.
+            step = lax.optimization_barrier(step)
+            gradients = functools.partial(self._gradients, tile, round_, step)
+            d_k, d_v = lax.cond(tile.steps > 0, gradients, self._no_gradients)
+            self._store(tile, round_, d_k, d_v)
+            return cta.numbers.get(round_ + 1), round_ + 1, step + tile.steps
+
+        carry = (cta.numbers.get(jnp.int32(0)), jnp.int32(0), jnp.int32(0))
+        lax.while_loop(cta.more, compute_tile, carry)
+        plgpu.wait_smem_to_gmem(0)
+
+    def _no_gradients(self) -> tuple[jax.Array, jax.Array]:
+        zeros = jnp.zeros((WARPGROUP_ROWS, self._kv_columns.size), jnp.float32)
+        zeros = plgpu.layout_cast(zeros, _MATRIX)
+        return zeros, zeros
+
+    def _gradients(self, tile: _Tile, round_: jax.Array, step: jax.Array):
+        """(dk, dv) of this warpgroup's share of a key tile; adds to dq on the way."""
+        config = self.config
+
+        def loop(d_k_acc: Any, d_v_acc: Any, scores_acc: Any) -> tuple[jax.Array, jax.Array]:
+            steps = _Steps(self, tile, round_, step, d_k_acc, d_v_acc, scores_acc)
+            if config.scores_ahead:
+                steps.begin_scores(jnp.int32(0))
+
+            def body(i: jax.Array, queries: _Queries) -> _Queries:
+                following = self.cta.queries(tile, i + 1)
+                steps.run(i, queries)
+                return following
+
+            lax.fori_loop(0, tile.steps, body, self.cta.queries(tile, jnp.int32(0)))
+            results = d_k_acc[...], d_v_acc[...]
+            self.cta.q.free(step + tile.steps - 1)
+            return results
+
+        columns = self._kv_columns.size
+        return pl.run_scoped(
+            loop,
+            mosaic.accumulator(columns),
+            mosaic.accumulator(columns),
+            mosaic.accumulator(self._q_columns.size),
+        )
+
+    def _store(self, tile: _Tile, round_: jax.Array, d_k: jax.Array, d_v: jax.Array) -> None:
+        @pl.when(tile.piece >= 0)
+        def _store_piece():
+            place = mosaic.divide(tile.piece, _PIECES)
+            for i, d_x in enumerate((d_k, d_v)):
+                self.cta.gmem.pieces[*place, i, self._keys, self._kv_columns] = d_x
+
+        @pl.when(tile.piece < 0)
+        def _store_whole():
+            self._store_whole(tile, round_, d_k, d_v)
+
+        self.cta.kv.free(round_)
+
+    def _store_whole(self, tile: _Tile, round_: jax.Array, d_k: jax.Array, d_v: jax.Array) -> None:
+        """Writes dk and dv by way of the tiles of keys and values, once nobody reads them."""
+        call, gmem = self.cta.call, self.cta.gmem
+        k_tile, v_tile = self.cta.kv.tile(round_)
+        self.smem.meet()
+        k_tile.at[self._keys, self._kv_columns][...] = (d_k * call.scale).astype(k_tile.dtype)
+        v_tile.at[self._keys, self._kv_columns][...] = d_v.astype(v_tile.dtype)
+        plgpu.commit_smem()
+        self.smem.meet()
+
+        @pl.when(self.index == 0)
+        def _copy_d_k():
+            plgpu.copy_smem_to_gmem(k_tile, self.cta.keys(gmem.d_k, tile))
+
+        @pl.when(self.index == 1)
+        def _copy_d_v():
+            plgpu.copy_smem_to_gmem(v_tile, self.cta.keys(gmem.d_v, tile))
+
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    @property
+    def config(self) -> tiling.VjpConfig:
+        return self.cta.call.config
+
+    @property
+    def _keys(self) -> Any:
+        """Of the key tile, the keys of this warpgroup's S, dK and dV."""
+        splits = self.config.splits_keys
+        return _part(self.index if splits else jnp.int32(0), WARPGROUP_ROWS)
+
+    @property
+    def _q_columns(self) -> Any:
+        """Of the query tile, the queries of this warpgroup's S."""
+        return _all(WARPGROUP_ROWS) if self.config.splits_keys else self._share(WARPGROUP_ROWS)
+
+    @property
+    def _kv_columns(self) -> Any:
+        """Of the head, the columns of this warpgroup's dK and dV."""
+        H = self.cta.call.head_dim
+        return _all(H) if self.config.splits_keys else self._share(H)
+
+    @property
+    def _d_q_columns(self) -> Any:
+        return self._share(self.cta.call.head_dim)
+
+    def _share(self, size: int) -> Any:
+        return _part(self.index, size // tiling.VJP_WARPGROUPS)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """The steps of one key tile by one warpgroup: one per 64 listed queries."""
+
+    warpgroup: _Warpgroup
+    tile: _Tile
+    round_: jax.Array
+    step: jax.Array
+    d_k_acc: Any
+    d_v_acc: Any
+    scores_acc: Any
+
+    @property
+    def call(self) -> _Call:
+        return self.warpgroup.cta.call
+
+    def begin_scores(self, i: jax.Array) -> None:
+        """Begins the scores of step i, of the last step where there is no such step."""
+        warpgroup, cta = self.warpgroup, self.warpgroup.cta
+
+        @pl.when(i < self.tile.steps)
+        def _wait():
+            cta.q.wait(self.step + i)
+
+        queries = cta.q.tile(self.step + jnp.minimum(i, self.tile.steps - 1))
+        keys, _ = cta.kv.tile(self.round_)
+        self.scores_acc[...] = _zeros(self.scores_acc)
+        plgpu.wgmma(self.scores_acc, keys.at[warpgroup._keys], queries.at[warpgroup._q_columns].T)
+
+    def run(self, i: jax.Array, queries: _Queries) -> None:
+        """One step: its share of dK and dV, and a tile of dq."""
+        cta, config, step = self.warpgroup.cta, self.call.config, self.step + i
+        if not config.scores_ahead:
+            self.begin_scores(i)
+        self._write_d_scores(i, queries)
+        if config.scores_ahead:
+            self.begin_scores(i + 1)
+        plgpu.commit_smem()
+        # Both have written dS, and have done with the dS of the step before, the next's place.
+        self.warpgroup.smem.meet()
+        d_q = self._finish(step)
+        cta.d_out.free(step)
+        self._add(d_q, queries)
+        if not config.scores_ahead:
+            plgpu.wgmma_accumulator_load(self.d_k_acc)
+
+            @pl.when(i + 1 < self.tile.steps)
+            def _free_the_queries():
+                cta.q.free(step)
+
+    def _write_d_scores(self, i: jax.Array, queries: _Queries) -> None:
+        """Writes dS to shared memory; P too, or else begins its product."""
+        warpgroup, cta, smem = self.warpgroup, self.warpgroup.cta, self.warpgroup.smem
+        config, step = self.call.config, self.step + i
+        q_columns = warpgroup._q_columns
+        stage = lax.rem(step, jnp.int32(2))
+        cta.d_out.wait(step)
+        d_out, statistics = cta.d_out.tile(step)
+
+        def products(d_weights_acc: Any) -> jax.Array:
+            _, values = cta.kv.tile(self.round_)
+            plgpu.wgmma(d_weights_acc, values.at[warpgroup._keys], d_out.at[q_columns].T)
+            scores = plgpu.wgmma_accumulator_load(self.scores_acc, wait_n=1)
+            if config.scores_ahead:
+
+                @pl.when(i > 0)
+                def _free_the_queries_before():
+                    cta.q.free(step - 1)
+
+            weights = self._weights(scores, queries, statistics)
+            rounded = weights.astype(d_out.dtype)
+            if config.splits_keys:
+                plgpu.wgmma(self.d_v_acc, rounded, d_out)
+                d_weights = plgpu.wgmma_accumulator_load(d_weights_acc, wait_n=1)
+            else:
+                smem.weights.at[stage, :, q_columns][...] = rounded
+                d_weights = d_weights_acc[...]
+            delta = plgpu.load(statistics.at[1, q_columns], layout=_COLUMNS)
+            delta = lax.broadcast_in_dim(delta, weights.shape, [1])
+            return (weights * (d_weights - delta)).astype(d_out.dtype)
+
+        d_scores = pl.run_scoped(products, mosaic.accumulator(q_columns.size))
+        smem.d_scores.at[stage, warpgroup._keys, q_columns][...] = d_scores
+
+    def _finish(self, step: jax.Array) -> jax.Array:
+        """The products that need dS of both warpgroups; returns dq."""
+        warpgroup, cta, smem = self.warpgroup, self.warpgroup.cta, self.warpgroup.smem
+        config, stage = self.call.config, lax.rem(step, jnp.int32(2))
+        kv_columns, d_q_columns = warpgroup._kv_columns, warpgroup._d_q_columns
+        d_scores = smem.d_scores.at[stage]
+        if config.splits_keys:
+            # For the registers of the weights; the next scores go on.
+            plgpu.wgmma_accumulator_load(self.d_v_acc, wait_n=1 if config.scores_ahead else 0)
+        else:
+            d_out, _ = cta.d_out.tile(step)
+            plgpu.wgmma(self.d_v_acc, smem.weights.at[stage], d_out.at[:, kv_columns])
+
+        def products(d_q_acc: Any) -> jax.Array:
+            keys, _ = cta.kv.tile(self.round_)
+            plgpu.wgmma(d_q_acc, d_scores.T, keys.at[:, d_q_columns])
+            # dS from shared memory again: there are no registers for it beside the next scores.
+            queries = cta.q.tile(step).at[:, kv_columns]
+            plgpu.wgmma(self.d_k_acc, d_scores.at[warpgroup._keys], queries)
+            return plgpu.wgmma_accumulator_load(d_q_acc, wait_n=1)
+
+        return pl.run_scoped(products, mosaic.accumulator(d_q_columns.size))
+
+    def _weights(self, scores: jax.Array, queries: _Queries, statistics: Any) -> jax.Array:
+        """P from S, zero where a query does not see the key."""
+        warpgroup = self.warpgroup
+        lse = plgpu.load(statistics.at[0, warpgroup._q_columns], layout=_COLUMNS)
+        lse = lax.broadcast_in_dim(lse, scores.shape, [1])
+        key0 = self.tile.key0 + warpgroup._keys.start
+        position0 = queries.row0 + warpgroup._q_columns.start + self.call.kv_len - self.call.q_len
+        is_partial = key0 + WARPGROUP_ROWS > self.tile.kv_length
+        if self.call.is_causal:
+            is_partial |= position0 < key0 + WARPGROUP_ROWS - 1
+        mask = functools.partial(self._mask, key0, position0)
+        scores = lax.cond(is_partial, mask, lambda scores: scores, scores)
+        return jnp.exp2(scores * (self.call.scale * _LOG2_E) - lse)
+
+    def _mask(self, key0: jax.Array, position0: jax.Array, scores: jax.Array) -> jax.Array:
+        """`scores`, -inf at the keys that a query does not see."""
+        key = plgpu.broadcasted_iota(jnp.int32, scores.shape[:1], 0, layout=_ROWS)
+        keys_left = self.tile.kv_length - key0
+        if not self.call.is_causal:
+            key = lax.broadcast_in_dim(key, scores.shape, [0])
+            return jnp.where(key < keys_left, scores, -jnp.inf)
+        # The first query that sees the key; none of a tile comes up to its width.
+        first = jnp.where(key < keys_left, key + (key0 - position0), scores.shape[1])
+        first = lax.broadcast_in_dim(first, scores.shape, [0])
+        query = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=_MATRIX)
+        # query >= first. The queries in a thread's registers differ by multiples of 8: in this
+        # form few values meet constants, where the compiler would hoist all the queries.
+        within = jnp.bitwise_and(query, 7)
+        return jnp.where(query - within >= first - within, scores, -jnp.inf)
+
+    def _add(self, d_q: jax.Array, queries: _Queries) -> None:
+        """Adds to dq in global memory; rows past the end fall away."""
+        warpgroup, cta = self.warpgroup, self.warpgroup.cta
+        tile = warpgroup.smem.d_q
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        tile[...] = d_q
+        plgpu.commit_smem()
+        rows = pl.ds(pl.multiple_of(queries.row0, WARPGROUP_ROWS), WARPGROUP_ROWS)
+        where = (self.tile.batch, rows, queries.head, warpgroup._d_q_columns)
+        plgpu.copy_smem_to_gmem(tile, cta.gmem.d_q.at[where], reduction_op="add")
+
+
+def _part(index: jax.Array, size: int) -> Any:
+    # Opaque, or the compiler keeps the addresses of all parts of K and V in registers.
+    index = lax.optimization_barrier(index)
+    return pl.ds(pl.multiple_of(index * size, size), size)
+
+
+def _all(size: int) -> Any:
+    return pl.ds(0, size)
+
+
+def _zeros(acc: Any) -> jax.Array:
+    return plgpu.layout_cast(jnp.zeros(acc.shape, jnp.float32), _MATRIX)
