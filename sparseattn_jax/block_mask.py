@@ -147,9 +147,9 @@ class BlockMask:
 
     def density(self) -> Float32[Array, "B #N"]:
         """Listed blocks over the blocks that causality leaves visible, per head."""
-        visible = visible_blocks(**self._geometry())
+        visible = jnp.sum(num_visible_blocks(**self._geometry()), dtype=jnp.float32)
         listed = jnp.sum(self.kv_num_blocks, axis=-1, dtype=jnp.float32)
-        return listed / max(int(visible.sum()), 1)
+        return listed / jnp.maximum(visible, 1.0)
 
     def __str__(self) -> str:
         """A picture per head: # listed, . not listed, + some of the blocks that share a cell."""
@@ -175,16 +175,29 @@ class BlockMask:
         }
 
 
-def visible_blocks(
-    *, q_len: int, kv_len: int, block_q: int, block_kv: int, is_causal: bool
-) -> Bool[np.ndarray, "Tb Sb"]:
-    """Whether each key block's first key is at or before the query block's last query."""
-    num_q_blocks, num_kv_blocks = -(-q_len // block_q), -(-kv_len // block_kv)
+def num_visible_blocks(
+    *,
+    q_len: int,
+    kv_len: int,
+    block_q: int,
+    block_kv: int,
+    is_causal: bool,
+    kv_lengths: Int32[Array, " B"] | None = None,
+) -> Int32[Array, "#B Tb"]:
+    """How many of the first key blocks each query block sees.
+
+    A block is visible iff it holds a valid key and, if causal, its first key is at or before the
+    position of the query block's last valid query. A block of padding queries sees nothing.
+    """
+    if kv_lengths is None:
+        kv_lengths = jnp.full(1, kv_len, jnp.int32)
+    lengths = kv_lengths[:, None]
+    starts = np.arange(0, q_len, block_q, dtype=np.int32)[None, :]
     if not is_causal:
-        return np.ones((num_q_blocks, num_kv_blocks), bool)
-    last_query = np.minimum((np.arange(num_q_blocks) + 1) * block_q, q_len) - 1
-    first_key = np.arange(num_kv_blocks) * block_kv
-    return first_key[None, :] <= last_query[:, None] + kv_len - q_len
+        return jnp.broadcast_to(-(-lengths // block_kv), (len(kv_lengths), starts.size))
+    starts = starts + (kv_len - q_len)
+    ends = jnp.minimum(np.minimum(starts + block_q, kv_len), lengths)
+    return jnp.where(ends > starts, -(-jnp.maximum(ends, 0) // block_kv), 0)
 
 
 _HEADS_DRAWN = 8

@@ -6,37 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
-from sparseattn_jax.block_mask import BlockMask
+from sparseattn_jax.block_mask import BlockMask, num_visible_blocks
 from sparseattn_jax.kernels.backends import Backend
 from sparseattn_jax.kernels.select_blocks import select_blocks
 from sparseattn_jax.pattern import SparsePattern
 
 type Scores = Callable[[tuple[int, int]], Float32[Array, "B N rows Sb"]]
 """Block scores of a range of query blocks, from the first to the one to stop before."""
-
-
-def num_visible_blocks(
-    q_len: int,
-    kv_len: int,
-    block_size: int,
-    *,
-    is_causal: bool,
-    kv_lengths: Int32[Array, " B"] | None,
-) -> Int32[Array, "#B Tb"]:
-    """How many of the first key blocks each query block sees.
-
-    A block is visible iff it holds a valid key and, if causal, its first key is at or before the
-    position of the query block's last valid query. A block of padding queries sees nothing.
-    """
-    starts = np.arange(0, q_len, block_size, dtype=np.int32)[None, :]
-    if kv_lengths is None:
-        kv_lengths = jnp.full(1, kv_len, jnp.int32)
-    lengths = kv_lengths[:, None]
-    if not is_causal:
-        return jnp.broadcast_to(-(-lengths // block_size), (len(kv_lengths), starts.size))
-    starts = starts + (kv_len - q_len)
-    ends = jnp.minimum(np.minimum(starts + block_size, kv_len), lengths)
-    return jnp.where(ends > starts, -(-ends // block_size), 0)
 
 
 def first_diagonal_blocks(q_len: int, kv_len: int, block_size: int) -> Int32[np.ndarray, " Tb"]:
@@ -120,7 +96,12 @@ def _visible_and_forced(
 ) -> tuple[Bool[Array, "#B Tb Sb"], Bool[Array, "#B Tb Sb"]]:
     columns = jnp.arange(-(-kv_len // block_size), dtype=jnp.int32)[None, None, :]
     num_visible = num_visible_blocks(
-        q_len, kv_len, block_size, is_causal=is_causal, kv_lengths=kv_lengths
+        q_len=q_len,
+        kv_len=kv_len,
+        block_q=block_size,
+        block_kv=block_size,
+        is_causal=is_causal,
+        kv_lengths=kv_lengths,
     )
     visible = columns < num_visible[..., None]
     if not is_causal:

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparseattn_jax.block_mask import num_visible_blocks
 from sparseattn_jax.kernels.antidiagonal_scores import antidiagonal_scores
 from sparseattn_jax.selection import (
     first_diagonal_blocks,
     num_forced_blocks,
-    num_visible_blocks,
     select_cumulative,
 )
 from tests.drawing import block_matrix
@@ -39,7 +39,14 @@ def test_visible_and_forced_blocks_follow_the_tokens(q_len, kv_len, is_causal, l
         batch, q_len, kv_len, 8, is_causal=is_causal, kv_lengths=lengths
     )
     kv_lengths = None if lengths is None else jnp.array(lengths, jnp.int32)
-    counts = num_visible_blocks(q_len, kv_len, 8, is_causal=is_causal, kv_lengths=kv_lengths)
+    counts = num_visible_blocks(
+        q_len=q_len,
+        kv_len=kv_len,
+        block_q=8,
+        block_kv=8,
+        is_causal=is_causal,
+        kv_lengths=kv_lengths,
+    )
     columns = np.arange(visible.shape[-1])
     np.testing.assert_array_equal(columns < np.array(counts)[:, None, :, None], visible)
     if is_causal:

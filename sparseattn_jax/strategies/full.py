@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from sparseattn_jax.block_mask import BlockMask
+from sparseattn_jax.block_mask import BlockMask, num_visible_blocks
 from sparseattn_jax.checks import (
     check_causal,
     check_kv_lengths,
@@ -18,7 +18,6 @@ from sparseattn_jax.checks import (
 )
 from sparseattn_jax.kernels.backends import Backend
 from sparseattn_jax.pattern import SparsePattern
-from sparseattn_jax.selection import num_visible_blocks
 
 
 def _check_parameters(self: "Full") -> None:
@@ -51,7 +50,12 @@ class Full:
         """Lists all visible blocks; see `Strategy.select`. Reads no values, so needs no backend."""
         batch, q_len, kv_len = q.shape[0], q.shape[1], k.shape[1]
         counts = num_visible_blocks(
-            q_len, kv_len, self.block_size, is_causal=is_causal, kv_lengths=kv_lengths
+            q_len=q_len,
+            kv_len=kv_len,
+            block_q=self.block_size,
+            block_kv=self.block_size,
+            is_causal=is_causal,
+            kv_lengths=kv_lengths,
         )
         counts = jnp.broadcast_to(counts, (batch, counts.shape[1]))[:, None]
         columns = jnp.arange(-(-kv_len // self.block_size), dtype=jnp.int32)[None, None, None, :]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from sparseattn_jax.block_mask import BlockMask
+from sparseattn_jax.block_mask import BlockMask, num_visible_blocks
 from sparseattn_jax.checks import (
     check_causal,
     check_kv_lengths,
@@ -19,7 +19,7 @@ from sparseattn_jax.checks import (
 from sparseattn_jax.kernels import block_lists
 from sparseattn_jax.kernels.backends import Backend
 from sparseattn_jax.pattern import SparsePattern
-from sparseattn_jax.selection import first_diagonal_blocks, num_visible_blocks
+from sparseattn_jax.selection import first_diagonal_blocks
 
 
 def _check_parameters(self: "Streaming", is_causal: bool) -> None:
@@ -71,7 +71,12 @@ class Streaming:
         """Lists sinks and windows; see `Strategy.select`. Reads no values, so needs no backend."""
         batch, q_len, kv_len = q.shape[0], q.shape[1], k.shape[1]
         ends = num_visible_blocks(
-            q_len, kv_len, self.block_size, is_causal=True, kv_lengths=kv_lengths
+            q_len=q_len,
+            kv_len=kv_len,
+            block_q=self.block_size,
+            block_kv=self.block_size,
+            is_causal=True,
+            kv_lengths=kv_lengths,
         )
         ends = jnp.broadcast_to(ends, (batch, ends.shape[1]))
         num_recent = -(-self.recent_size // self.block_size)
