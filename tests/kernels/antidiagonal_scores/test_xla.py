@@ -195,5 +195,5 @@ def test_works_under_vmap_and_has_no_gradient():
 
 def test_an_unknown_backend_is_refused():
     q, k = draw()
-    with pytest.raises(UnsupportedError, match="backend='cudnn': this op has mosaic_sm90, xla"):
+    with pytest.raises(UnsupportedError, match="backend='cudnn': this op has xla, mosaic_sm90"):
         antidiagonal_scores(q, k, stride=4, block_size=16, is_causal=True, backend="cudnn")
