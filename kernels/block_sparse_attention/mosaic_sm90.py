@@ -182,8 +182,26 @@ class _Gmem(NamedTuple):
     lse: Any
 
 
+class _Facts(NamedTuple):
+    """What is read ahead of a query tile; few, as they take registers meanwhile.
+
+    Attributes:
+        flat: the tile's flat index.
+        steps: the length of its list.
+        kv_length: of its sequence.
+        first: the first key of the list's first step.
+        second: of its second step.
+    """
+
+    flat: jax.Array
+    steps: jax.Array
+    kv_length: jax.Array
+    first: jax.Array
+    second: jax.Array
+
+
 class _Tile(NamedTuple):
-    """One query tile and its list, with the first keys of its first two steps."""
+    """One query tile and its list; see `_Facts`."""
 
     batch: jax.Array
     head: jax.Array
@@ -348,15 +366,15 @@ class _Worker:
         for either.
         """
 
-        def turn(round_: jax.Array, carry: tuple[jax.Array, _Tile, jax.Array]):
-            step, tile, following = carry
-            ahead = self._tile(following), self._flat_tile(round_ + 2)
-            return work(round_, tile, step), *ahead
+        def turn(round_: jax.Array, carry: tuple[jax.Array, _Facts, jax.Array]):
+            step, facts, following = carry
+            ahead = self._facts(following), self._flat_tile(round_ + 2)
+            return work(round_, self._tile(facts), step), *ahead
 
         call, zero = self.call, jnp.int32(0)
         whole = jnp.int32(call.num_tiles // call.num_workers)
         rounds = whole + (self._place(whole) < call.num_tiles).astype(jnp.int32)
-        begin = (zero, self._tile(self._flat_tile(zero)), self._flat_tile(zero + 1))
+        begin = (zero, self._facts(self._flat_tile(zero)), self._flat_tile(zero + 1))
         steps, *_ = lax.fori_loop(0, rounds, turn, begin)
         return rounds, steps
 
@@ -370,15 +388,18 @@ class _Worker:
         """The flat index of a round's tile; that of any tile past the last round."""
         return self.gmem.order[jnp.minimum(self._place(round_), self.call.num_tiles - 1)]
 
-    def _tile(self, flat: jax.Array) -> _Tile:
+    def _facts(self, flat: jax.Array) -> _Facts:
+        tile = self._tile(_Facts(flat, flat, flat, flat, flat))
+        steps = self.gmem.counts[tile.batch, tile.mask_head, tile.block] * self.call.parts
+        first, second = (self._kv_start(tile, jnp.int32(j)) for j in range(2))
+        return _Facts(flat, steps, self.gmem.lengths[tile.batch], first, second)
+
+    def _tile(self, facts: _Facts) -> _Tile:
         call = self.call
-        row, block = mosaic.divide(flat, call.num_blocks)
+        row, block = mosaic.divide(facts.flat, call.num_blocks)
         batch, head = mosaic.divide(row, call.q_heads)
         mask_head = head if call.mask_heads > 1 else jnp.int32(0)
-        steps = self.gmem.counts[batch, mask_head, block] * call.parts
-        tile = _Tile(batch, head, mask_head, block, steps, self.gmem.lengths[batch], flat, flat)
-        first, second = (self._kv_start(tile, jnp.int32(j)) for j in range(2))
-        return tile._replace(first=first, second=second)
+        return _Tile(batch, head, mask_head, block, *facts[1:])
 
     def _rows(self, tile: _Tile, part: int) -> Any:
         return pl.ds(tile.block * self.call.block_q + part * WARPGROUP_ROWS, WARPGROUP_ROWS)
