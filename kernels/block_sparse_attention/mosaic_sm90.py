@@ -363,19 +363,24 @@ class _Worker:
         """Calls `work(round, tile, step)`, which returns the next step; (rounds, steps) in the end.
 
         Where a tile stands is read two rounds ahead and the tile's facts one, so that nobody waits
-        for either.
+        for either; but not where queries have no room in registers: then these have none.
         """
+        call, zero = self.call, jnp.int32(0)
+        whole = jnp.int32(call.num_tiles // call.num_workers)
+        rounds = whole + (self._place(whole) < call.num_tiles).astype(jnp.int32)
 
-        def turn(round_: jax.Array, carry: tuple[jax.Array, _Facts, jax.Array]):
+        def turn(round_: jax.Array, step: jax.Array) -> jax.Array:
+            return work(round_, self._tile(self._facts(self._flat_tile(round_))), step)
+
+        def turn_ahead(round_: jax.Array, carry: tuple[jax.Array, _Facts, jax.Array]):
             step, facts, following = carry
             ahead = self._facts(following), self._flat_tile(round_ + 2)
             return work(round_, self._tile(facts), step), *ahead
 
-        call, zero = self.call, jnp.int32(0)
-        whole = jnp.int32(call.num_tiles // call.num_workers)
-        rounds = whole + (self._place(whole) < call.num_tiles).astype(jnp.int32)
+        if not call.config.queries_in_registers:
+            return rounds, lax.fori_loop(0, rounds, turn, zero)
         begin = (zero, self._facts(self._flat_tile(zero)), self._flat_tile(zero + 1))
-        steps, *_ = lax.fori_loop(0, rounds, turn, begin)
+        steps, *_ = lax.fori_loop(0, rounds, turn_ahead, begin)
         return rounds, steps
 
     def _place(self, round_: jax.Array) -> jax.Array:
