@@ -4,7 +4,6 @@ import jax
 import pytest
 
 from tests.kernels.antidiagonal_scores import programs
-from tests.kernels.compile_sm90a import compile_programs
 
 
 @pytest.mark.parametrize(
@@ -19,13 +18,6 @@ def test_lowers_for_cuda(name: str):
     function, arguments = programs.PROGRAMS[name]
     lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("mosaic_gpu_v2") == programs.KERNELS
-
-
-@pytest.fixture(scope="module")
-def compiled(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, dict[str, int]]:
-    return compile_programs(programs, request.config, tmp_path_factory.mktemp("ptxas"))
 
 
 @pytest.mark.parametrize("name", programs.PROGRAMS)

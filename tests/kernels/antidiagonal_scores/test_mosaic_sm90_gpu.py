@@ -5,13 +5,10 @@ import functools
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sparseattn_jax.kernels.antidiagonal_scores import mosaic_sm90
-from sparseattn_jax.kernels.antidiagonal_scores.tiling import CallFacts
-from sparseattn_jax.kernels.backends import device_facts
 from tests.kernels.antidiagonal_scores.cases import Case, assert_right, call, expected, operands
 
 pytestmark = pytest.mark.gpu
@@ -37,19 +34,6 @@ EDGES = [
     Case(N=2, K=1, B=3, T=500, S=500, lengths=(500, 1, 0), is_causal=False),
     Case(N=32, K=8, H=128, stride=16, block_size=128, T=1536, S=1536),
 ]
-
-
-@pytest.fixture(autouse=True)
-def needs_a_hopper_gpu():
-    facts = CallFacts(
-        device=device_facts(),
-        dtype=jnp.dtype(jnp.bfloat16),
-        head_dim=128,
-        stride=16,
-        block_size=128,
-    )
-    if reason := mosaic_sm90.refusal(facts):
-        pytest.skip(f"mosaic_sm90 {reason}")
 
 
 @pytest.mark.parametrize("case", CASES + EDGES, ids=str)

@@ -8,9 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparseattn_jax.kernels.backends import device_facts
 from sparseattn_jax.kernels.block_sparse_attention import mosaic_sm90_vjp
-from sparseattn_jax.kernels.block_sparse_attention.tiling import CallFacts
 from tests.kernels.block_sparse_attention.cases import Case
 from tests.kernels.block_sparse_attention.vjp_cases import (
     Gradients,
@@ -40,20 +38,6 @@ CASES = [
     for head_dim, block_q, block_kv in SHAPES
     for options in OPTIONS
 ]
-
-
-@pytest.fixture(autouse=True)
-def needs_a_hopper_gpu():
-    facts = CallFacts(
-        device=device_facts(),
-        dtype=jnp.dtype(jnp.bfloat16),
-        head_dim=128,
-        block_q=128,
-        block_kv=128,
-        has_segment_ids=False,
-    )
-    if reason := mosaic_sm90_vjp.refusal(facts):
-        pytest.skip(f"mosaic_sm90 {reason}")
 
 
 def on_gpu(case: Case, given: VjpOperands) -> Gradients:

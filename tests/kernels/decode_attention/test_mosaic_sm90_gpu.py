@@ -8,9 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparseattn_jax.kernels.backends import device_facts
 from sparseattn_jax.kernels.decode_attention import mosaic_sm90
-from sparseattn_jax.kernels.decode_attention.tiling import CallFacts
 from tests.kernels.decode_attention.cases import Case, assert_right, call, operands
 
 pytestmark = pytest.mark.gpu
@@ -36,21 +34,6 @@ CASES = [
     for dtype, head_dim in SHAPES
     for options in OPTIONS
 ]
-
-
-@pytest.fixture(autouse=True)
-def needs_a_hopper_gpu():
-    facts = CallFacts(
-        device=device_facts(),
-        dtype=jnp.dtype(jnp.bfloat16),
-        head_dim=128,
-        q_len=1,
-        group=4,
-        capacity=1024,
-        block_kv=128,
-    )
-    if reason := mosaic_sm90.refusal(facts):
-        pytest.skip(f"mosaic_sm90 {reason}")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

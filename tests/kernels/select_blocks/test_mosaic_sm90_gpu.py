@@ -2,7 +2,6 @@
 
 import pytest
 
-from sparseattn_jax.kernels.backends import device_facts
 from sparseattn_jax.kernels.select_blocks import mosaic_sm90
 from tests.kernels.select_blocks.cases import Case, assert_right, call
 
@@ -19,13 +18,6 @@ CASES = [
     Case(N=32, Sb=1024, Tb=20, sixteenths=False),
     Case(N=8, Sb=5000, Tb=20, sixteenths=False),
 ]
-
-
-@pytest.fixture(autouse=True)
-def needs_a_hopper_gpu():
-    facts = mosaic_sm90.CallFacts(device=device_facts(), num_columns=8)
-    if reason := mosaic_sm90.refusal(facts):
-        pytest.skip(f"mosaic_sm90 {reason}")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
