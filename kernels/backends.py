@@ -92,6 +92,11 @@ def device_facts(*operands: jax.Array) -> DeviceFacts:
     )
 
 
+def multiprocessors(*operands: jax.Array) -> int:
+    """Those of the device that will run; of an H100 where there is none, as when only lowering."""
+    return device_facts(*operands).multiprocessors or 132
+
+
 def choose[Facts](
     table: Mapping[Backend, Implementation[Facts]], requested: Backend | None, facts: Facts
 ) -> Implementation[Facts]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ WARPGROUP_ROWS = 64
 
 SHARED_MEMORY_BYTES = 227 * 1024
 """Shared memory that one CTA of compute capability 9.0 can have."""
+
+L2_BYTES = 32 * 2**20
+"""What is worked on together should fit here: about two thirds of the L2 cache of an H100."""
 
 _SWIZZLE_BYTES = 128
 
@@ -40,6 +43,21 @@ def accumulator(columns: int) -> Any:
     """Registers for the 64 rows of a product that one warpgroup computes."""
     shape = (WARPGROUP_ROWS, columns)
     return plgpu.ACC(shape, jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def row_vector(value: float) -> jax.Array:
+    """One float32 per row of a product, all the same."""
+    rows = jnp.full((WARPGROUP_ROWS,), value, jnp.float32)
+    return plgpu.layout_cast(rows, plgpu.Layout.WGMMA.reduce(1))
+
+
+def columns_before(shape: tuple[int, ...], end: jax.Array) -> jax.Array:
+    """Which scores of a product stand before column `end`: one end for all, or one for each."""
+    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+    # column < end. The columns in a thread's registers differ by multiples of 8: in this form few
+    # values meet constants, where the compiler would hoist all the columns.
+    within = jnp.bitwise_and(column, 7)
+    return column - within < end - within
 
 
 def divide(x: jax.Array, y: int) -> tuple[jax.Array, jax.Array]:
@@ -92,6 +110,13 @@ class Ring:
     freed: Any
     stages: int
     first: jax.Array | int = 0
+
+    @classmethod
+    def of(cls, refs: dict[str, Any], name: str, stages: int, index: jax.Array | int = 0) -> Self:
+        """The ring of this name among scratch arguments, of several the one with this index."""
+        filled, freed = refs[f"{name}_barriers"]
+        slots = refs[f"{name}_smem"]
+        return cls(slots=slots, filled=filled, freed=freed, stages=stages, first=index * stages)
 
     def fill(self, step: jax.Array, source: Any) -> None:
         """Begins to copy `source` in global memory, once the slot of this step is free."""
@@ -164,6 +189,13 @@ def take_number(_: Any, counter: Any, place: Any) -> None:
         code = "atom.global.add.u32 $0, [$1], 1;"
         number = llvm.inline_asm(i32, [address], code, "=r,l", has_side_effects=True)
         memref.store(number, place, [arith.constant(index, 0)])
+
+
+def ring_barriers(slots: int, *, consumers: int = 1) -> tuple[plgpu.Barrier, plgpu.Barrier]:
+    """Those that say of each slot of a ring that it is filled, and that all consumers freed it."""
+    filled = plgpu.Barrier(num_barriers=slots)
+    freed = plgpu.Barrier(num_barriers=slots, num_arrivals=consumers)
+    return filled, freed
 
 
 def bytes_of(scratch: object) -> int:

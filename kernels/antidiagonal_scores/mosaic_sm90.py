@@ -23,10 +23,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float16, Float32, Int32
 
 from sparseattn_jax.kernels.antidiagonal_scores import fold_sm90, tiling
-from sparseattn_jax.kernels.backends import device_facts, hopper_refusal
-from sparseattn_jax.kernels.mosaic import WARPGROUP_ROWS, Ring, accumulator, divide
+from sparseattn_jax.kernels.backends import hopper_refusal, multiprocessors
+from sparseattn_jax.kernels.mosaic import WARPGROUP_ROWS, Ring, accumulator, columns_before, divide
 
-_MATRIX = plgpu.Layout.WGMMA
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 _LOG2_E = math.log2(math.e)
 
@@ -83,7 +82,7 @@ def run(
         stride=stride,
         block_size=block_size,
         is_causal=is_causal,
-        multiprocessors=_multiprocessors(q, k),
+        multiprocessors=multiprocessors(q, k),
         config=config,
     )
     lengths = jnp.full((B,), S, jnp.int32) if kv_lengths is None else kv_lengths
@@ -124,11 +123,6 @@ def run(
 def tile_config() -> tiling.TileConfig:
     """The choice for every call."""
     return tiling.TileConfig()
-
-
-def _multiprocessors(*operands: jax.Array) -> int:
-    """Those of the device that will run; of an H100 where there is none, as when only lowering."""
-    return device_facts(*operands).multiprocessors or 132
 
 
 def _views(
@@ -386,11 +380,7 @@ class _Worker:
             # Visible are the columns below this; limits and columns are not negative.
             end = lax.div(limit + (call.stride - 1), jnp.full_like(limit, call.stride)) - column
             end = lax.broadcast_in_dim(end, logits.shape, [0])
-            columns = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=_MATRIX)
-            # The columns in a thread's registers differ by multiples of 8: in this form few values
-            # meet constants, where the compiler would hoist all the columns.
-            within = jnp.bitwise_and(columns, 7)
-            return jnp.where(columns - within < end - within, logits, -jnp.inf)
+            return jnp.where(columns_before(logits.shape, end), logits, -jnp.inf)
 
         logits = lax.cond(is_partial, mask, lambda logits: logits, logits)
         factor = call.head_dim**-0.5 / call.stride * _LOG2_E

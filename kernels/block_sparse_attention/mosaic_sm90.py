@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from sparseattn_jax.kernels import mosaic
-from sparseattn_jax.kernels.backends import device_facts, hopper_refusal
+from sparseattn_jax.kernels.backends import hopper_refusal, multiprocessors
 from sparseattn_jax.kernels.block_sparse_attention import tiling
 from sparseattn_jax.kernels.mosaic import WARPGROUP_ROWS, Ring
 
@@ -35,10 +35,6 @@ _LN_2 = math.log(2.0)
 # Rows keep the reference of their softmax while no score exceeds it by more than this, in base 2:
 # weights up to 256 lose no accuracy, and the output is rescaled seldom.
 _SLACK = 8.0
-
-# Key/value heads whose keys and values fit here are worked on together: about two thirds of the L2
-# cache of an H100.
-_L2_BYTES = 32 * 2**20
 
 
 def refusal(facts: tiling.CallFacts) -> str | None:
@@ -89,7 +85,7 @@ def run(
         is_causal=is_causal,
         scale=scale,
         num_tiles=B * N * pl.cdiv(T, block_q),
-        max_ctas=_multiprocessors(q, k, v),
+        max_ctas=multiprocessors(q, k, v),
         config=config,
     )
     order = _tile_order(kv_num_blocks, N, K, kv_head_bytes=2 * S * H * k.dtype.itemsize)
@@ -112,11 +108,6 @@ def run(
     return out[:, :T], jnp.swapaxes(lse, 1, 2)[:, :T]
 
 
-def _multiprocessors(*operands: jax.Array) -> int:
-    """Those of the device that will run; of an H100 where there is none, as when only lowering."""
-    return device_facts(*operands).multiprocessors or 132
-
-
 def _tile_order(
     kv_num_blocks: Int32[Array, "B #N Tb"], q_heads: int, kv_heads: int, *, kv_head_bytes: int
 ) -> Int32[Array, " tiles"]:
@@ -127,7 +118,7 @@ def _tile_order(
     """
     batch, _, num_blocks = kv_num_blocks.shape
     counts = jnp.broadcast_to(kv_num_blocks, (batch, q_heads, num_blocks)).reshape(-1)
-    group = max(1, _L2_BYTES // kv_head_bytes) * (q_heads // kv_heads) * num_blocks
+    group = max(1, mosaic.L2_BYTES // kv_head_bytes) * (q_heads // kv_heads) * num_blocks
     return mosaic.longest_first(counts, group)
 
 
@@ -235,9 +226,9 @@ def _kernel(call: _Call, *gmem: Any, out_smem: Any, **rings: Any) -> None:
         gmem=_Gmem(*gmem),
         index=lax.axis_index("cta") * config.workers + in_cta,
         in_cta=in_cta,
-        q=_ring(rings, "q", config.warpgroups, in_cta),
-        k=_ring(rings, "k", config.k_stages, in_cta),
-        v=_ring(rings, "v", config.v_stages, in_cta),
+        q=Ring.of(rings, "q", config.warpgroups, in_cta),
+        k=Ring.of(rings, "k", config.k_stages, in_cta),
+        v=Ring.of(rings, "v", config.v_stages, in_cta),
     )
 
     @pl.when(thread < num_computing)
@@ -250,17 +241,6 @@ def _kernel(call: _Call, *gmem: Any, out_smem: Any, **rings: Any) -> None:
     def _load():
         plgpu.set_max_registers(tiling.LOADING_REGISTERS, action="decrease")
         worker().load()
-
-
-def _ring(refs: dict[str, Any], name: str, stages: int, in_cta: jax.Array) -> Ring:
-    filled, freed = refs[f"{name}_barriers"]
-    return Ring(
-        slots=refs[f"{name}_smem"],
-        filled=filled,
-        freed=freed,
-        stages=stages,
-        first=in_cta * stages,
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -472,7 +452,7 @@ class _Rows:
         def some() -> tuple[Any, ...]:
             softmax, weights = self._first_step(step, tile.first, tile.first + kv_tile > full_end)
             wait_for_keys(jnp.int32(1), tile.second)
-            carry = (jnp.int32(1), tile.second, no_values, _row_vector(1.0), softmax, weights)
+            carry = (jnp.int32(1), tile.second, no_values, mosaic.row_vector(1.0), softmax, weights)
             carry = lax.while_loop(
                 lambda c: more_unmasked(*c), functools.partial(advance, None), carry
             )
@@ -484,7 +464,11 @@ class _Rows:
             return self._last_values(step + j - 1, values, weights), softmax, j
 
         def none() -> tuple[Any, ...]:
-            return no_values, _Softmax(_row_vector(-jnp.inf), _row_vector(0.0)), jnp.int32(0)
+            return (
+                no_values,
+                _Softmax(mosaic.row_vector(-jnp.inf), mosaic.row_vector(0.0)),
+                jnp.int32(0),
+            )
 
         kv_tile = self.call.config.kv_tile
         visible = more(jnp.int32(0), tile.first)
@@ -516,7 +500,7 @@ class _Rows:
         k.free(step)
         mask = functools.partial(self._mask, start)
         scores = lax.cond(partial, mask, lambda scores: scores, scores)
-        empty = _Softmax(_row_vector(-jnp.inf), _row_vector(0.0))
+        empty = _Softmax(mosaic.row_vector(-jnp.inf), mosaic.row_vector(0.0))
         softmax, weights, _ = self._softmax(empty, scores, may_be_empty=True)
         return softmax, weights.astype(self._dtype)
 
@@ -601,11 +585,7 @@ class _Rows:
             position = row + (self.row0 + call.kv_len - call.q_len)
             limit = jnp.where(position < limit, position + 1, 0)
             limit = lax.broadcast_in_dim(limit, scores.shape, [0])
-        column = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=_MATRIX)
-        # column < limit - start. The columns in a thread's registers differ by multiples of 8: in
-        # this form few values meet constants, where the compiler would hoist all the columns.
-        within = jnp.bitwise_and(column, 7)
-        return jnp.where(column - within < limit - start - within, scores, -jnp.inf)
+        return jnp.where(mosaic.columns_before(scores.shape, limit - start), scores, -jnp.inf)
 
     @property
     def _dtype(self) -> jnp.dtype:
@@ -625,7 +605,3 @@ def _shrink(values: jax.Array, decay: jax.Array) -> jax.Array:
         lambda: values * lax.broadcast_in_dim(decay, values.shape, [0]),
         lambda: values,
     )
-
-
-def _row_vector(value: float) -> jax.Array:
-    return plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), value, jnp.float32), _ROWS)

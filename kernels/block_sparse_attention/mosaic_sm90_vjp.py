@@ -26,7 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from sparseattn_jax.kernels import block_lists, mosaic
-from sparseattn_jax.kernels.backends import device_facts
+from sparseattn_jax.kernels.backends import multiprocessors
 from sparseattn_jax.kernels.block_sparse_attention import mosaic_sm90, tiling
 from sparseattn_jax.kernels.mosaic import WARPGROUP_ROWS, Ring
 
@@ -39,10 +39,6 @@ _LOG2_E = math.log2(math.e)
 # most queries list, as the first often is, would take one longer than all the others together.
 _LONG_LISTS = 32
 _PIECES = 8
-
-# Key/value heads whose queries, output gradients and query gradients fit here are worked on
-# together: about two thirds of the L2 cache of an H100.
-_L2_BYTES = 32 * 2**20
 
 
 def refusal(facts: tiling.CallFacts) -> str | None:
@@ -89,7 +85,7 @@ def run(
         is_causal=is_causal,
         scale=scale,
         num_tiles=B * K * pl.cdiv(S, config.kv_tile),
-        max_ctas=_multiprocessors(q, k, v),
+        max_ctas=multiprocessors(q, k, v),
         config=config,
     )
     q_indices, q_counts = _transposed(kv_indices, kv_num_blocks, call)
@@ -121,11 +117,6 @@ def run(
     )(q, k, v, d_out, statistics, q_indices, q_counts.reshape(-1), lengths, *plan, counter, d_q)
     d_k, d_v = _with_long_lists(d_k, d_v, pieces, plan, call)
     return (d_q[:, :T] * scale).astype(q.dtype), d_k[:, :S], d_v[:, :S]
-
-
-def _multiprocessors(*operands: jax.Array) -> int:
-    """Those of the device that will run; of an H100 where there is none, as when only lowering."""
-    return device_facts(*operands).multiprocessors or 132
 
 
 def _transposed(
@@ -267,7 +258,7 @@ class _Call:
         """
         bytes_per_query = 2 * 2 + 4  # queries, their gradients and those of the output
         head_bytes = bytes_per_query * self.q_len * self.group * self.head_dim
-        heads = max(_L2_BYTES // head_bytes, pl.cdiv(2 * self.num_ctas, self.num_kv_tiles))
+        heads = max(mosaic.L2_BYTES // head_bytes, pl.cdiv(2 * self.num_ctas, self.num_kv_tiles))
         return min(heads * self.num_kv_tiles, self.num_tiles)
 
     @property
@@ -354,10 +345,10 @@ def _kernel(
         _Cta,
         call=call,
         gmem=_Gmem(*gmem),
-        numbers=_Numbers(**vars(_ring(rings, "number", 2))),
-        kv=_ring(rings, "kv", 1),
-        q=_ring(rings, "q", config.q_stages),
-        d_out=_ring(rings, "d_out", config.d_out_stages),
+        numbers=_Numbers.of(rings, "number", 2),
+        kv=Ring.of(rings, "kv", 1),
+        q=Ring.of(rings, "q", config.q_stages),
+        d_out=Ring.of(rings, "d_out", config.d_out_stages),
     )
 
     @pl.when(thread < tiling.VJP_WARPGROUPS)
@@ -370,11 +361,6 @@ def _kernel(
     def _load():
         plgpu.set_max_registers(tiling.VJP_LOADING_REGISTERS, action="decrease")
         cta().load()
-
-
-def _ring(refs: dict[str, Any], name: str, stages: int) -> Ring:
-    filled, freed = refs[f"{name}_barriers"]
-    return Ring(slots=refs[f"{name}_smem"], filled=filled, freed=freed, stages=stages)
 
 
 class _Numbers(Ring):
@@ -782,11 +768,7 @@ class _Steps:
         # The first query that sees the key; none of a tile comes up to its width.
         first = jnp.where(key < keys_left, key + (key0 - position0), scores.shape[1])
         first = lax.broadcast_in_dim(first, scores.shape, [0])
-        query = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=_MATRIX)
-        # query >= first. The queries in a thread's registers differ by multiples of 8: in this
-        # form few values meet constants, where the compiler would hoist all the queries.
-        within = jnp.bitwise_and(query, 7)
-        return jnp.where(query - within >= first - within, scores, -jnp.inf)
+        return jnp.where(mosaic.columns_before(scores.shape, first), -jnp.inf, scores)
 
     def _add(self, d_q: jax.Array, queries: _Queries) -> None:
         """Adds to dq in global memory; rows past the end fall away."""

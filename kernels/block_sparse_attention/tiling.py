@@ -95,9 +95,9 @@ def scratch(config: TileConfig, head_dim: int, dtype: jnp.dtype) -> dict[str, An
         "k_smem": mosaic.tiles(k_shape, dtype),
         "v_smem": mosaic.tiles(v_shape, dtype),
         "out_smem": mosaic.tiles(q_shape, dtype) if config.queries_in_registers else None,
-        "q_barriers": _ring_barriers(q_shape[0], consumers=1),
-        "k_barriers": _ring_barriers(k_shape[0], consumers=warpgroups),
-        "v_barriers": _ring_barriers(v_shape[0], consumers=warpgroups),
+        "q_barriers": mosaic.ring_barriers(q_shape[0]),
+        "k_barriers": mosaic.ring_barriers(k_shape[0], consumers=warpgroups),
+        "v_barriers": mosaic.ring_barriers(v_shape[0], consumers=warpgroups),
     }
 
 
@@ -190,7 +190,7 @@ def vjp_scratch(config: VjpConfig, head_dim: int, dtype: jnp.dtype) -> dict[str,
         "d_scores_smem": mosaic.tiles(scores_shape, dtype, swizzle),
         "d_q_smem": mosaic.tiles(d_q_shape, jnp.dtype(jnp.float32)),
         # The loading warpgroup reads the numbers too.
-        "number_barriers": _ring_barriers(2, consumers=VJP_WARPGROUPS + 1),
+        "number_barriers": mosaic.ring_barriers(2, consumers=VJP_WARPGROUPS + 1),
         "kv_barriers": barriers(1, tiles=2),
         "q_barriers": barriers(config.q_stages),
         "d_out_barriers": barriers(config.d_out_stages, tiles=2),
@@ -201,9 +201,3 @@ def vjp_scratch(config: VjpConfig, head_dim: int, dtype: jnp.dtype) -> dict[str,
 def vjp_shared_memory_bytes(config: VjpConfig, head_dim: int, dtype: jnp.dtype) -> int:
     """Shared memory that one CTA of the backward kernel takes."""
     return mosaic.bytes_of(vjp_scratch(config, head_dim, dtype))
-
-
-def _ring_barriers(slots: int, *, consumers: int) -> tuple[plgpu.Barrier, plgpu.Barrier]:
-    filled = plgpu.Barrier(num_barriers=slots)
-    freed = plgpu.Barrier(num_barriers=slots, num_arrivals=consumers)
-    return filled, freed

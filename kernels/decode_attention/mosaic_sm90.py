@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from sparseattn_jax.kernels import mosaic
-from sparseattn_jax.kernels.backends import device_facts, hopper_refusal
+from sparseattn_jax.kernels.backends import hopper_refusal, multiprocessors
 from sparseattn_jax.kernels.decode_attention import tiling
 from sparseattn_jax.kernels.mosaic import WARPGROUP_ROWS, Ring
 
@@ -91,7 +91,7 @@ def run(
         block_kv=block_kv or config.kv_tile,
         has_positions=kv_positions is not None,
         scale=scale,
-        max_ctas=_multiprocessors(q, k, v),
+        max_ctas=multiprocessors(q, k, v),
         config=config,
     )
     given = kv_lengths, kv_positions, kv_indices, kv_num_blocks
@@ -142,11 +142,6 @@ def _whole_tiles(q: Float[Array, "B T N H"]) -> Float[Array, "B T N8 H"]:
     """TMA moves tiles of 8 rows, and only whole ones lie within a token."""
     missing = -q.shape[2] % tiling.TILE_ROWS
     return jnp.pad(q, ((0, 0), (0, 0), (0, missing), (0, 0))) if missing else q
-
-
-def _multiprocessors(*operands: jax.Array) -> int:
-    """Those of the device that will run; of an H100 where there is none, as when only lowering."""
-    return device_facts(*operands).multiprocessors or 132
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -391,8 +386,8 @@ def _attention_kernel(
         q=q_smem.at[in_cta],
         q_arrived=q_barriers.at[in_cta],
         out=out_smem.at[in_cta],
-        kv=_ring(rings, "kv", config.stages, in_cta),
-        positions=_ring(rings, "positions", config.position_stages, in_cta)
+        kv=Ring.of(rings, "kv", config.stages, in_cta),
+        positions=Ring.of(rings, "positions", config.position_stages, in_cta)
         if call.has_positions
         else None,
     )
@@ -406,17 +401,6 @@ def _attention_kernel(
     def _load():
         plgpu.set_max_registers(tiling.LOADING_REGISTERS, action="decrease")
         worker().load()
-
-
-def _ring(refs: dict[str, Any], name: str, stages: int, in_cta: jax.Array) -> Ring:
-    filled, freed = refs[f"{name}_barriers"]
-    return Ring(
-        slots=refs[f"{name}_smem"],
-        filled=filled,
-        freed=freed,
-        stages=stages,
-        first=in_cta * stages,
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -525,7 +509,7 @@ class _Worker:
         """(unnormalised output, softmax state) of a segment, from this step of the rings on."""
         zeros = jnp.zeros((WARPGROUP_ROWS, self.call.head_dim), jnp.float32)
         values = plgpu.layout_cast(zeros, _MATRIX)
-        softmax = _Softmax(_row_vector(-jnp.inf), _row_vector(0.0))
+        softmax = _Softmax(mosaic.row_vector(-jnp.inf), mosaic.row_vector(0.0))
         limit = self._position_limit(segment)
 
         def advance(j: jax.Array, carry: Any) -> Any:
@@ -588,11 +572,7 @@ class _Worker:
         limit = lax.broadcast_in_dim(limit, scores.shape, [0])
         if self.positions is not None:
             return jnp.where(self._positions(step, start, scores.shape) < limit, scores, -jnp.inf)
-        column = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=_MATRIX)
-        # column < limit - start. The columns in a thread's registers differ by multiples of 8: in
-        # this form few values meet constants, where the compiler would hoist all the columns.
-        within = jnp.bitwise_and(column, 7)
-        return jnp.where(column - within < limit - start - within, scores, -jnp.inf)
+        return jnp.where(mosaic.columns_before(scores.shape, limit - start), scores, -jnp.inf)
 
     def _positions(self, step: jax.Array, start: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """The positions of a tile's slots; the highest there is for empty and absent ones."""
@@ -669,7 +649,3 @@ def _merge_kernel(call: _Call, *gmem: Any) -> None:
     out = acc * jnp.where(total > 0, 1 / total, 0.0)
     out_gmem[batch, t, head] = out.astype(out_gmem.dtype)
     lse_gmem[batch, t, head] = maximum * _LN_2 + jnp.log(total)
-
-
-def _row_vector(value: float) -> jax.Array:
-    return plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), value, jnp.float32), _ROWS)

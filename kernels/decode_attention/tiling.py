@@ -118,11 +118,11 @@ def scratch(
             (workers, mosaic.WARPGROUP_ROWS, OUT_COLUMNS), jnp.dtype(jnp.float32)
         ),
         "kv_smem": mosaic.tiles((kv_slots, config.kv_tile, head_dim), dtype),
-        "kv_barriers": _ring_barriers(kv_slots),
+        "kv_barriers": mosaic.ring_barriers(kv_slots),
     }
     if has_positions:
         scratch["positions_smem"] = plgpu.SMEM((position_slots, config.kv_tile), jnp.int32)
-        scratch["positions_barriers"] = _ring_barriers(position_slots)
+        scratch["positions_barriers"] = mosaic.ring_barriers(position_slots)
     return scratch
 
 
@@ -130,7 +130,3 @@ def shared_memory_bytes(config: TileConfig, head_dim: int) -> int:
     """Shared memory that one CTA takes at most; every dtype of the kernel has 2 bytes."""
     dtype = jnp.dtype(jnp.bfloat16)
     return mosaic.bytes_of(scratch(config, head_dim, dtype, q_len=1, has_positions=True))
-
-
-def _ring_barriers(slots: int) -> tuple[plgpu.Barrier, plgpu.Barrier]:
-    return plgpu.Barrier(num_barriers=slots), plgpu.Barrier(num_barriers=slots)

@@ -39,7 +39,7 @@ FULL_CASES = [
 @pytest.fixture(autouse=True)
 def four_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
     """So few that CTAs have several tiles."""
-    monkeypatch.setattr(mosaic_sm90, "_multiprocessors", lambda *_: 4)
+    monkeypatch.setattr(mosaic_sm90, "multiprocessors", lambda *_: 4)
 
 
 @functools.cache

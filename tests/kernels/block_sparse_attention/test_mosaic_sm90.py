@@ -131,7 +131,7 @@ def test_the_cases_show_every_shape_of_tiles():
 @pytest.fixture
 def two_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
     """So few that some workers have several query tiles."""
-    monkeypatch.setattr(mosaic_sm90, "_multiprocessors", lambda *_: 2)
+    monkeypatch.setattr(mosaic_sm90, "multiprocessors", lambda *_: 2)
 
 
 @pytest.mark.usefixtures("two_multiprocessors")

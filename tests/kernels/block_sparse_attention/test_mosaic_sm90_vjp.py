@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparseattn_jax.kernels import mosaic
 from sparseattn_jax.kernels.block_sparse_attention import mosaic_sm90_vjp, tiling, xla
 from sparseattn_jax.kernels.mosaic import Ring
 from tests.kernels.block_sparse_attention.cases import Case
@@ -23,13 +24,14 @@ from tests.kernels.block_sparse_attention.vjp_cases import (
     gradients,
     vjp_operands,
 )
+from tests.kernels.faulty_rings import FreedOnArrival, ReadWithoutWait, plant
 from tests.kernels.mosaic_interpret import interpret
 
 
 @pytest.fixture(autouse=True)
 def two_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
     """So few that some have several key tiles."""
-    monkeypatch.setattr(mosaic_sm90_vjp, "_multiprocessors", lambda *_: 2)
+    monkeypatch.setattr(mosaic_sm90_vjp, "multiprocessors", lambda *_: 2)
 
 
 # The forward's cases show every pair of values of the options, and every shape of tiles.
@@ -98,7 +100,7 @@ def test_a_long_list_is_cut_into_pieces():
 def test_the_plan_is_of_pieces_of_long_lists_then_of_groups_of_heads(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(mosaic_sm90_vjp, "_L2_BYTES", 1)
+    monkeypatch.setattr(mosaic, "L2_BYTES", 1)
     call = mosaic_sm90_vjp._Call(
         q_len=640,
         kv_len=192,
@@ -126,24 +128,6 @@ SPLIT_KEYS = Case(H=64, block_q=64, T=128, S=256, is_causal=False, density=1.0, 
 SPLIT_QUERIES = dataclasses.replace(SPLIT_KEYS, block_kv=64, S=128)
 
 
-class FreedOnArrival(Ring):
-    """Frees a slot before its first use."""
-
-    def wait(self, step: jax.Array) -> None:
-        super().wait(step)
-        super().free(step)
-
-    def free(self, step: jax.Array) -> None:
-        """Has been freed."""
-
-
-class ReadWithoutWait(Ring):
-    """Reads a slot whether its tile is there or not."""
-
-    def wait(self, step: jax.Array) -> None:
-        """Does not."""
-
-
 def is_seen(case: Case) -> bool:
     """Whether threads raced, missed the completion of a barrier, or the results are wrong."""
     given = vjp_operands(case)
@@ -161,7 +145,7 @@ def is_seen(case: Case) -> bool:
 
 @pytest.fixture
 def one_multiprocessor(monkeypatch: pytest.MonkeyPatch, two_multiprocessors: None) -> None:
-    monkeypatch.setattr(mosaic_sm90_vjp, "_multiprocessors", lambda *_: 1)
+    monkeypatch.setattr(mosaic_sm90_vjp, "multiprocessors", lambda *_: 1)
 
 
 @pytest.mark.usefixtures("one_multiprocessor")
@@ -179,13 +163,7 @@ FAULTS = [
 @pytest.mark.usefixtures("one_multiprocessor")
 @pytest.mark.parametrize(("ring", "fault"), FAULTS)
 def test_a_faulty_ring_is_seen(monkeypatch: pytest.MonkeyPatch, ring: str, fault: type[Ring]):
-    original = mosaic_sm90_vjp._ring
-
-    def faulty(refs: dict, name: str, stages: int) -> Ring:
-        good = original(refs, name, stages)
-        return fault(**vars(good)) if name == ring else good
-
-    monkeypatch.setattr(mosaic_sm90_vjp, "_ring", faulty)
+    plant(monkeypatch, ring, fault)
     assert is_seen(SPLIT_QUERIES)
 
 

@@ -1,7 +1,5 @@
 """Faults of synchronisation, planted in the Hopper kernel, are seen by race or by value."""
 
-from typing import Any
-
 import jax
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -9,63 +7,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from sparseattn_jax.kernels.block_sparse_attention import mosaic_sm90
 from sparseattn_jax.kernels.mosaic import Ring
 from tests.kernels.block_sparse_attention.cases import Case, assert_right, call, operands
+from tests.kernels.faulty_rings import (
+    FilledWithoutWait,
+    FreedOnArrival,
+    FreedWhileRead,
+    ReadWithoutWait,
+    plant,
+)
 from tests.kernels.mosaic_interpret import interpret
 
 # One worker with two query tiles of four steps each: every slot is used again.
 CASE = Case(H=256, block_q=64, block_kv=64, T=64, S=256, is_causal=False, density=1.0)
 
 
-class FreedWhileRead(Ring):
-    """Frees a slot where its product is issued, not where it has been waited for."""
-
-    def tile(self, step: jax.Array) -> Any:
-        super().free(step)
-        return super().tile(step)
-
-    def free(self, step: jax.Array) -> None:
-        """Has been freed."""
-
-
-class FreedOnArrival(Ring):
-    """Frees a slot before its first use."""
-
-    def wait(self, step: jax.Array) -> None:
-        super().wait(step)
-        super().free(step)
-
-    def free(self, step: jax.Array) -> None:
-        """Has been freed."""
-
-
-class ReadWithoutWait(Ring):
-    """Reads a slot whether its tile is there or not."""
-
-    def wait(self, step: jax.Array) -> None:
-        """Does not."""
-
-
-class FilledWithoutWait(Ring):
-    """Fills a slot whether it is free or not."""
-
-    def fill(self, step: jax.Array, source: Any) -> None:
-        slot = self._slot(step)
-        plgpu.copy_gmem_to_smem(source, self.slots.at[slot], self.filled.at[slot])
-
-
-def plant(monkeypatch: pytest.MonkeyPatch, name: str, fault: type[Ring]) -> None:
-    """Makes one of the kernel's rings a faulty one."""
-    original = mosaic_sm90._ring
-
-    def ring(refs: dict[str, Any], ring_name: str, stages: int, in_cta: jax.Array) -> Ring:
-        good = original(refs, ring_name, stages, in_cta)
-        return fault(**vars(good)) if ring_name == name else good
-
-    monkeypatch.setattr(mosaic_sm90, "_ring", ring)
-
-
 @pytest.fixture(autouse=True)
 def one_multiprocessor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mosaic_sm90, "_multiprocessors", lambda *_: 1)
+    monkeypatch.setattr(mosaic_sm90, "multiprocessors", lambda *_: 1)
 
 
 def is_seen() -> bool:

@@ -13,6 +13,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from sparseattn_jax.kernels.decode_attention import mosaic_sm90, tiling
 from sparseattn_jax.kernels.mosaic import Ring
 from tests.kernels.decode_attention.cases import Case, Operands, assert_right, call, operands
+from tests.kernels.faulty_rings import (
+    FilledWithoutWait,
+    FreedWhileRead,
+    ReadWithoutWait,
+    plant,
+)
 from tests.kernels.mosaic_interpret import interpret
 
 CASES = [
@@ -34,7 +40,7 @@ FULL_CASES = [pytest.param(case, marks=pytest.mark.full) for case in FURTHER_CAS
 @pytest.fixture(autouse=True)
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two multiprocessors, and merges and sums of several rounds."""
-    monkeypatch.setattr(mosaic_sm90, "_multiprocessors", lambda *_: 2)
+    monkeypatch.setattr(mosaic_sm90, "multiprocessors", lambda *_: 2)
     monkeypatch.setattr(mosaic_sm90, "_MERGED_AT_ONCE", 2)
     monkeypatch.setattr(mosaic_sm90, "_SUMMED_AT_ONCE", 2)
 
@@ -68,7 +74,7 @@ def test_values_and_races(case: Case):
 def test_the_number_of_shares_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, multiprocessors: int
 ):
-    monkeypatch.setattr(mosaic_sm90, "_multiprocessors", lambda *_: multiprocessors)
+    monkeypatch.setattr(mosaic_sm90, "multiprocessors", lambda *_: multiprocessors)
     case = Case(N=2, K=2, H=64, S=256, lengths=(250,), block_kv=64, density=0.8)
     given = operands(case)
     (out, lse), raced = interpret_kernels(case, given)
@@ -109,32 +115,6 @@ FAULT_CASE = Case(N=1, K=1, H=256, S=192, lengths=(192,), ring=192)
 SHALLOW = tiling.TileConfig(workers=1, kv_tile=64, stages=2)
 
 
-class FreedWhileRead(Ring):
-    """Frees a slot where its product is issued, not where it has been waited for."""
-
-    def tile(self, step: jax.Array) -> Any:
-        super().free(step)
-        return super().tile(step)
-
-    def free(self, step: jax.Array) -> None:
-        """Has been freed."""
-
-
-class ReadWithoutWait(Ring):
-    """Reads a slot whether its tile is there or not."""
-
-    def wait(self, step: jax.Array) -> None:
-        """Does not."""
-
-
-class FilledWithoutWait(Ring):
-    """Fills a slot whether it is free or not."""
-
-    def fill(self, step: jax.Array, source: Any) -> None:
-        slot = self._slot(step)
-        plgpu.copy_gmem_to_smem(source, self.slots.at[slot], self.filled.at[slot])
-
-
 # "threads must observe each barrier completion", "copies completed before kernel finished";
 # jax 0.12 also raises its races.
 FAULTS_SAID = ("observe", "before kernel finished", "RACE DETECTED")
@@ -142,7 +122,7 @@ FAULTS_SAID = ("observe", "before kernel finished", "RACE DETECTED")
 
 @pytest.fixture
 def shallow_ring(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mosaic_sm90, "_multiprocessors", lambda *_: 1)
+    monkeypatch.setattr(mosaic_sm90, "multiprocessors", lambda *_: 1)
     monkeypatch.setattr(tiling, "tile_config", lambda *_: SHALLOW)
     monkeypatch.setattr(tiling.TileConfig, "position_stages", 1)
 
@@ -180,13 +160,7 @@ def test_without_a_fault_nothing_is_seen():
     ],
 )
 def test_a_faulty_ring_is_seen(monkeypatch: pytest.MonkeyPatch, name: str, fault: type[Ring]):
-    original = mosaic_sm90._ring
-
-    def ring(refs: dict[str, Any], ring_name: str, stages: int, in_cta: jax.Array) -> Ring:
-        good = original(refs, ring_name, stages, in_cta)
-        return fault(**vars(good)) if ring_name == name else good
-
-    monkeypatch.setattr(mosaic_sm90, "_ring", ring)
+    plant(monkeypatch, name, fault)
     assert is_seen()
 
 
