@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +112,7 @@ class Ring:
     first: jax.Array | int = 0
 
     @classmethod
-    def of(cls, refs: dict[str, Any], name: str, stages: int, index: jax.Array | int = 0) -> Self:
+    def of(cls, refs: dict[str, Any], name: str, stages: int, index: jax.Array | int = 0) -> "Ring":
         """The ring of this name among scratch arguments, of several the one with this index."""
         filled, freed = refs[f"{name}_barriers"]
         slots = refs[f"{name}_smem"]
