@@ -20,6 +20,9 @@ WARPGROUP_ROWS = 64
 SHARED_MEMORY_BYTES = 227 * 1024
 """Shared memory that one CTA of compute capability 9.0 can have."""
 
+REGISTERS = 512
+"""Registers of a multiprocessor, for each of the 128 threads of a warpgroup."""
+
 L2_BYTES = 32 * 2**20
 """What is worked on together should fit here: about two thirds of the L2 cache of an H100."""
 
@@ -37,6 +40,17 @@ def tiles(shape: tuple[int, ...], dtype: jnp.dtype, swizzle_bytes: int = _SWIZZL
     tiling = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
     swizzle = plgpu.SwizzleTransform(swizzle_bytes)  # pyright: ignore[reportAbstractUsage]
     return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
+
+
+def computing_registers(*, computing: int, loading: int, loading_registers: int) -> int:
+    """Registers per thread of each computing warpgroup: what the loading ones leave.
+
+    The warpgroups of a CTA start with equal shares of the registers, in eights. Only these can be
+    shared out again: a warpgroup that asks for more than is left waits for ever.
+    """
+    warpgroups = computing + loading
+    shared = warpgroups * (REGISTERS // warpgroups // 8 * 8)
+    return min((shared - loading * loading_registers) // computing, 248) // 8 * 8
 
 
 def accumulator(columns: int) -> Any:
@@ -120,14 +134,20 @@ class Ring:
 
     def fill(self, step: jax.Array, source: Any) -> None:
         """Begins to copy `source` in global memory, once the slot of this step is free."""
-        slot = self._slot(step)
+        self.claim(step)
+        for one, tile in zip(_tuple(source), _tuple(self.tile(step)), strict=True):
+            plgpu.copy_gmem_to_smem(one, tile, self.filled.at[self._slot(step)])
+
+    def claim(self, step: jax.Array) -> None:
+        """Waits until the slot of this step is free."""
 
         @pl.when(step >= self.stages)
         def _wait_until_free():
-            plgpu.barrier_wait(self.freed.at[slot])
+            plgpu.barrier_wait(self.freed.at[self._slot(step)])
 
-        for one, tile in zip(_tuple(source), _tuple(self.tile(step)), strict=True):
-            plgpu.copy_gmem_to_smem(one, tile, self.filled.at[slot])
+    def announce(self, step: jax.Array) -> None:
+        """Says that the slot of this step was filled by the producer itself, not by a copy."""
+        plgpu.barrier_arrive(self.filled.at[self._slot(step)])
 
     def wait(self, step: jax.Array) -> None:
         """Waits until the tile of this step is there."""

@@ -119,7 +119,10 @@ class _Rows:
             self._store(tile, plgpu.layout_cast(zeros, config.layout.reduce(1)))
 
     def _seen_tiles(self) -> jax.Array:
-        """Column tiles that any of these rows sees: what its last valid query sees."""
+        """Column tiles that any of these rows sees: what its last valid query sees.
+
+        The rows after the part's last see more, which is not there and which nobody asks for.
+        """
         call = self.parts.call
         length = self.lengths[self.batch]
         first = self.window[0] + self.row_tile * call.fold.rows
@@ -130,7 +133,7 @@ class _Rows:
         last = jnp.minimum(last, lax.div(jnp.maximum(valid_end, 1) - 1, jnp.int32(call.stride)))
         limit = jnp.where(first <= last, call.key_limit(last, length), 0)
         keys = self._first_key(jnp.int32(1))
-        return lax.div(limit + (keys - 1), keys)
+        return jnp.minimum(lax.div(limit + (keys - 1), keys), self.parts.column_tiles)
 
     def _limits(self) -> jax.Array:
         """Per row, the position that the first key of a column tile lies before if it is seen."""

@@ -209,16 +209,11 @@ class _SharedRing(Ring):
 
     def fill(self, step: jax.Array, source: Any) -> None:
         """Begins to copy both tiles, once the slot of this step is free in all CTAs."""
-        slot = self._slot(step)
-
-        @pl.when(step >= self.stages)
-        def _wait_until_free():
-            plgpu.barrier_wait(self.freed.at[slot])
-
-        queries, keys = self.slots
-        filled = self.filled.at[slot]
-        plgpu.copy_gmem_to_smem(source[0], queries.at[slot], filled)
-        plgpu.copy_gmem_to_smem(source[1], keys.at[slot], filled, collective_axes="cta")
+        self.claim(step)
+        queries, keys = self.tile(step)
+        filled = self.filled.at[self._slot(step)]
+        plgpu.copy_gmem_to_smem(source[0], queries, filled)
+        plgpu.copy_gmem_to_smem(source[1], keys, filled, collective_axes="cta")
 
 
 def _ring(config: tiling.TileConfig, slots: tuple[Any, Any], filled: Any, freed: Any) -> Ring:

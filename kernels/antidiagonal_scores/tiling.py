@@ -78,8 +78,10 @@ class TileConfig:
 
     @property
     def computing_registers(self) -> int:
-        """Registers per thread of a computing warpgroup: what the loading one leaves of 512."""
-        return (512 - LOADING_REGISTERS) // _COMPUTING // 8 * 8
+        """Registers per thread of a computing warpgroup."""
+        return mosaic.computing_registers(
+            computing=_COMPUTING, loading=1, loading_registers=LOADING_REGISTERS
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -345,7 +345,7 @@ def _kernel(
         _Cta,
         call=call,
         gmem=_Gmem(*gmem),
-        numbers=_Numbers.of(rings, "number", 2),
+        numbers=_Numbers(Ring.of(rings, "number", 2)),
         kv=Ring.of(rings, "kv", 1),
         q=Ring.of(rings, "q", config.q_stages),
         d_out=Ring.of(rings, "d_out", config.d_out_stages),
@@ -363,23 +363,21 @@ def _kernel(
         cta().load()
 
 
-class _Numbers(Ring):
-    """A ring of the tiles' places in the order, as the CTA draws them; all warpgroups read it."""
+@dataclasses.dataclass(frozen=True)
+class _Numbers:
+    """The tiles' places in the order, as the CTA draws them; all warpgroups read the ring."""
+
+    ring: Ring
 
     def draw(self, counter: Any, step: jax.Array) -> None:
-        slot = self._slot(step)
-
-        @pl.when(step >= self.stages)
-        def _wait_until_free():
-            plgpu.barrier_wait(self.freed.at[slot])
-
-        mosaic.take_number(counter, self.slots.at[slot])  # pyright: ignore[reportCallIssue]
-        plgpu.barrier_arrive(self.filled.at[slot])
+        self.ring.claim(step)
+        mosaic.take_number(counter, self.ring.tile(step))  # pyright: ignore[reportCallIssue]
+        self.ring.announce(step)
 
     def get(self, step: jax.Array) -> jax.Array:
-        self.wait(step)
-        number = self.tile(step)[0]
-        self.free(step)
+        self.ring.wait(step)
+        number = self.ring.tile(step)[0]
+        self.ring.free(step)
         return number
 
 
@@ -392,7 +390,7 @@ class _Cta:
 
     call: _Call
     gmem: _Gmem
-    numbers: "_Numbers"
+    numbers: _Numbers
     kv: Ring
     q: Ring
     d_out: Ring
@@ -411,7 +409,7 @@ class _Cta:
         first = self.numbers.get(jnp.int32(0))
         carry = (first, jnp.int32(0), jnp.int32(0))
         _, rounds, steps = lax.while_loop(self.more, load_tile, carry)
-        self.numbers.drain(rounds + 1)
+        self.numbers.ring.drain(rounds + 1)
         self.kv.drain(rounds)
         self.q.drain(steps)
         self.d_out.drain(steps)

@@ -61,9 +61,12 @@ class TileConfig:
 
     @property
     def computing_registers(self) -> int:
-        """Registers per thread of a computing warpgroup: what the loading ones leave of 512."""
-        left = (512 - self.workers * LOADING_REGISTERS) // (self.workers * self.warpgroups)
-        return min(left, 248) // 8 * 8
+        """Registers per thread of a computing warpgroup."""
+        return mosaic.computing_registers(
+            computing=self.workers * self.warpgroups,
+            loading=self.workers,
+            loading_registers=LOADING_REGISTERS,
+        )
 
 
 def tile_config(head_dim: int, block_q: int, block_kv: int) -> TileConfig:
@@ -109,11 +112,13 @@ def shared_memory_bytes(config: TileConfig, head_dim: int, dtype: jnp.dtype) -> 
 VJP_WARPGROUPS = 2
 """Computing warpgroups of the backward kernel; one more loads."""
 
-VJP_COMPUTING_REGISTERS = 240
-"""Registers per thread of each."""
-
-VJP_LOADING_REGISTERS = 32
+VJP_LOADING_REGISTERS = 40
 """Registers per thread of the loading warpgroup."""
+
+VJP_COMPUTING_REGISTERS = mosaic.computing_registers(
+    computing=VJP_WARPGROUPS, loading=1, loading_registers=VJP_LOADING_REGISTERS
+)
+"""Registers per thread of each computing warpgroup."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -67,8 +67,10 @@ class TileConfig:
 
     @property
     def computing_registers(self) -> int:
-        """Registers per thread of a computing warpgroup: what the loading ones leave of 512."""
-        return min(512 // self.workers - LOADING_REGISTERS, 248) // 8 * 8
+        """Registers per thread of a computing warpgroup."""
+        return mosaic.computing_registers(
+            computing=self.workers, loading=self.workers, loading_registers=LOADING_REGISTERS
+        )
 
     @property
     def position_stages(self) -> int:

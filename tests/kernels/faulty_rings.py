@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparseattn_jax.kernels.mosaic import Ring
 
@@ -41,9 +40,8 @@ class ReadWithoutWait(Ring):
 class FilledWithoutWait(Ring):
     """Fills a slot whether it is free or not."""
 
-    def fill(self, step: jax.Array, source: Any) -> None:
-        slot = self._slot(step)
-        plgpu.copy_gmem_to_smem(source, self.slots.at[slot], self.filled.at[slot])
+    def claim(self, step: jax.Array) -> None:
+        """Does not wait."""
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, name: str, fault: type[Ring]) -> None:

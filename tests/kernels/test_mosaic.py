@@ -21,6 +21,22 @@ def test_longest_first_sorts_groups_stably(sizes: tuple[int, int], data: st.Data
     np.testing.assert_array_equal(order, expected)
 
 
+@given(st.integers(1, 4), st.integers(1, 4), st.sampled_from([24, 40, 72]))
+def test_warpgroups_share_the_registers_that_they_start_with(
+    computing: int, loading: int, loading_registers: int
+) -> None:
+    warpgroups = computing + loading
+    at_start = 65536 // (128 * warpgroups) // 8 * 8  # what ptxas gives each thread
+    registers = mosaic.computing_registers(
+        computing=computing, loading=loading, loading_registers=loading_registers
+    )
+    assert registers % 8 == 0
+    assert registers <= 248
+    taken = computing * registers + loading * loading_registers
+    assert taken <= warpgroups * at_start
+    assert registers == 248 or taken + 8 * computing > warpgroups * at_start
+
+
 @pytest.mark.parametrize("length", [16, 13])
 def test_whole_tiles_pads_to_multiples_of_8(length: int) -> None:
     x = jnp.ones((2, length, 3, 4))

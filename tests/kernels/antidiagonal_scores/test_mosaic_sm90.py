@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparseattn_jax.kernels.antidiagonal_scores import (
     antidiagonal_scores,
@@ -19,12 +18,19 @@ from sparseattn_jax.kernels.antidiagonal_scores.tiling import CallFacts, TileCon
 from sparseattn_jax.kernels.backends import DeviceFacts, UnsupportedError
 from sparseattn_jax.kernels.mosaic import SHARED_MEMORY_BYTES, Ring
 from tests.kernels.antidiagonal_scores.cases import Case, assert_right, call, expected, operands
+from tests.kernels.faulty_rings import (
+    FilledWithoutWait,
+    FreedOnArrival,
+    FreedWhileRead,
+    ReadWithoutWait,
+)
 from tests.kernels.mosaic_interpret import interpret
 
 CASES = [
     Case(N=4, K=2, B=2, T=600, S=701, lengths=(701, 333)),
     Case(dtype="float16", N=3, stride=8, block_size=128, T=1500, S=1500),
     Case(N=1, stride=16, T=333, S=211, is_causal=False, B=2, lengths=(200, 0)),
+    Case(N=6, K=3, T=333, S=1111, q_blocks=(1, 3)),
     Case(H=128, block_size=128, T=1100, S=1300, q_blocks=(3, 9), workspace_bytes=1),
 ]
 FULL_CASES = [
@@ -82,44 +88,6 @@ def test_other_tiles(monkeypatch: pytest.MonkeyPatch, config: TileConfig):
 def test_a_loop_over_parts(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(mosaic_sm90, "_UNROLLED", 1)
     check(Case(T=700, S=700, workspace_bytes=1))
-
-
-class FreedOnArrival(Ring):
-    """Frees a slot before its first use."""
-
-    def wait(self, step: jax.Array) -> None:
-        super().wait(step)
-        super().free(step)
-
-    def free(self, step: jax.Array) -> None:
-        """Has been freed."""
-
-
-class FreedWhileRead(Ring):
-    """Frees the slot whose product is in flight."""
-
-    def free(self, step: jax.Array) -> None:
-        """Has been freed."""
-
-    def tile(self, step: jax.Array) -> Any:
-        super().free(step)
-        return tuple(slots.at[self._slot(step)] for slots in self.slots)
-
-
-class ReadWithoutWait(Ring):
-    """Reads a slot whether its tiles are there or not."""
-
-    def wait(self, step: jax.Array) -> None:
-        """Does not."""
-
-
-class FilledWithoutWait(Ring):
-    """Fills a slot whether it is free or not."""
-
-    def fill(self, step: jax.Array, source: Any) -> None:
-        slot = self._slot(step)
-        for one, slots in zip(source, self.slots, strict=True):
-            plgpu.copy_gmem_to_smem(one, slots.at[slot], self.filled.at[slot])
 
 
 # A missed completion of a barrier, in several words; jax 0.12 also raises its races.

@@ -31,8 +31,6 @@ def test_the_choice_fits_a_multiprocessor(head_dim: int, block_kv: int | None):
     assert mosaic.SHARED_MEMORY_BYTES - tile < used <= mosaic.SHARED_MEMORY_BYTES
     assert config.stages * tile >= 128 * 1024
     assert (block_kv or 128) % config.kv_tile == 0
-    registers = config.workers * (config.computing_registers + tiling.LOADING_REGISTERS)
-    assert registers * 128 <= 64 * 1024
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,8 @@ def assert_right(case: Case, indices: jax.Array, counts: jax.Array, dropped: jax
         assert (lists[row][sizes[row] :] == (listed[0] if listed.size else 0)).all()
         keep[row][listed] = True
     if not case.sixteenths:
-        assert oracle.rows_at_fault(keep, scores, threshold, forced, visible) == []
+        faults = oracle.rows_at_fault(keep, scores, threshold, forced, visible)
+        assert not faults, faults
         return
     forced = np.broadcast_to(forced, scores.shape)
     for row in np.ndindex(sizes.shape):
