@@ -209,8 +209,11 @@ def _kernel(
     smem["above_smem"][...] = search.words(search.ranks > search.over_columns(prefix.cut))
     smem["tied_smem"][...] = search.words(search.ranks == search.over_columns(prefix.cut))
     _store_per_row(smem["ties_smem"], prefix.ties, layout)
-    for row in range(size):
-        count = _append_indices(call, row, **smem)
+    counts = [_append_indices(call, row, **smem) for row in range(size)]
+    # Every warp lists every row, and on its way writes what later entries replace: none may read
+    # the lists before all have done. Scalar code has no barriers of its own.
+    plgpu.commit_smem()
+    for row, count in enumerate(counts):
         counts_gmem[batch, head, first_row + row] = count
         dropped_gmem[batch, head, first_row + row] = (
             smem["dropped_smem"][row, 0, 0] if call.may_drop else 0
