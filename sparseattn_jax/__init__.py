@@ -7,11 +7,13 @@ key blocks, M listed blocks of a row.
 from sparseattn_jax.attention import block_sparse_attention as block_sparse_attention
 from sparseattn_jax.attention import prefill_attention as prefill_attention
 from sparseattn_jax.attention import sparse_attention as sparse_attention
-from sparseattn_jax.attention import xattention_prefill as xattention_prefill
 from sparseattn_jax.block_mask import BlockMask as BlockMask
 from sparseattn_jax.kernels.backends import Backend as Backend
 from sparseattn_jax.kernels.backends import UnsupportedError as UnsupportedError
 from sparseattn_jax.pattern import SparsePattern as SparsePattern
+from sparseattn_jax.prefill import full_prefill as full_prefill
+from sparseattn_jax.prefill import streaming_prefill as streaming_prefill
+from sparseattn_jax.prefill import xattention_prefill as xattention_prefill
 from sparseattn_jax.strategies.full import Full as Full
 from sparseattn_jax.strategies.streaming import Streaming as Streaming
 from sparseattn_jax.strategies.xattention import XAttention as XAttention

@@ -1,4 +1,4 @@
-"""Prefill attention: select key blocks with a strategy, then attend to them."""
+"""Attention to what a strategy selects, and to block lists."""
 
 from typing import Literal, TypedDict, Unpack, overload
 
@@ -13,14 +13,12 @@ from sparseattn_jax.checks import (
     check_qk,
     check_scale,
     check_segment_ids,
-    check_threshold,
     checked,
 )
 from sparseattn_jax.kernels import block_sparse_attention as kernel
 from sparseattn_jax.kernels.backends import Backend
 from sparseattn_jax.pattern import SparsePattern
 from sparseattn_jax.strategies.protocol import Strategy
-from sparseattn_jax.strategies.xattention import XAttention
 
 type Out = Float[Array, "B T N H"]
 type OutAndLse = tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]
@@ -36,90 +34,12 @@ class _AttentionOptions(_Options, total=False):
     scale: float | None
 
 
-class _PrefillOptions(_Options, total=False):
+class PrefillOptions(_Options, total=False):
+    """What every prefill function takes by name, beside `return_lse`."""
+
     is_causal: bool
 
 
-class _XAttentionOptions(_PrefillOptions, total=False):
-    threshold: float | Float32[Array, ""] | Float32[Array, " N"]
-    stride: int
-    block_size: int
-
-
-@overload
-def xattention_prefill(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    *,
-    return_lse: Literal[False] = False,
-    **options: Unpack[_XAttentionOptions],
-) -> Out: ...
-
-
-@overload
-def xattention_prefill(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    *,
-    return_lse: Literal[True],
-    **options: Unpack[_XAttentionOptions],
-) -> OutAndLse: ...
-
-
-@checked(check_qk, check_kv, check_causal, check_threshold, check_kv_lengths, check_segment_ids)
-def xattention_prefill(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    *,
-    threshold: float | Float32[Array, ""] | Float32[Array, " N"] = 0.95,
-    stride: int = 16,
-    block_size: int = 128,
-    is_causal: bool = True,
-    kv_lengths: Int32[Array, " B"] | None = None,
-    segment_ids: Int32[Array, "B S"] | None = None,
-    return_lse: bool = False,
-    backend: Backend | None = None,
-) -> Out | OutAndLse:
-    """Attention over the key blocks that antidiagonal scores select (arXiv:2503.16428).
-
-    Args:
-        q: queries, at the end of the keys if causal. Head n reads kv head n // (N // K).
-        k: keys.
-        v: values.
-        threshold: share of the estimated softmax mass to keep, in [0, 1]; one for all heads or
-            one per head. 1 keeps every visible block, 0 the first and the diagonal ones.
-        stride: tokens per antidiagonal; divides block_size. Scoring costs 1/stride of q k^T.
-        block_size: queries and keys per block.
-        is_causal: whether a query sees keys up to its own position only.
-        kv_lengths: valid keys of each sequence; the rest is padding, of any finite value.
-        segment_ids: packed sequences; XAttention does not take them yet.
-        return_lse: whether to return the log-sum-exp too.
-        backend: see `prefill_attention`.
-
-    Returns:
-        The output in q's dtype, or (output, log-sum-exp).
-
-    Raises:
-        ValueError: an argument is out of range or does not fit the others.
-        UnsupportedError: the named backend, or packed sequences, cannot be run.
-    """
-    strategy = XAttention(threshold=threshold, stride=stride, block_size=block_size)
-    return prefill_attention(
-        q,
-        k,
-        v,
-        strategy,
-        is_causal=is_causal,
-        kv_lengths=kv_lengths,
-        segment_ids=segment_ids,
-        return_lse=return_lse,
-        backend=backend,
-    )
-
-
 @overload
 def prefill_attention(
     q: Float[Array, "B T N H"],
@@ -128,7 +48,7 @@ def prefill_attention(
     strategy: Strategy,
     *,
     return_lse: Literal[False] = False,
-    **options: Unpack[_PrefillOptions],
+    **options: Unpack[PrefillOptions],
 ) -> Out: ...
 
 
@@ -140,7 +60,7 @@ def prefill_attention(
     strategy: Strategy,
     *,
     return_lse: Literal[True],
-    **options: Unpack[_PrefillOptions],
+    **options: Unpack[PrefillOptions],
 ) -> OutAndLse: ...
 
 

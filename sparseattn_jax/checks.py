@@ -98,6 +98,29 @@ def check_kv_lengths(k: jax.Array, kv_lengths: jax.Array | None) -> None:
         )
 
 
+def check_mask(q: jax.Array, k: jax.Array, mask: jax.Array | None) -> None:
+    """A dense mask is boolean or floating, one for all, per sequence, or per sequence and head."""
+    if mask is None:
+        return
+    wanted = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    if mask.dtype != jnp.bool_ and not jnp.issubdtype(mask.dtype, jnp.floating):
+        raise ValueError(
+            f"mask.dtype={mask.dtype} must be bool (true where a query sees a key) or floating "
+            "(added to the logits); cast it"
+        )
+    if mask.ndim == 3:
+        shape = (mask.shape[0], 1, *mask.shape[1:])
+    else:
+        shape = (1,) * (4 - mask.ndim) + mask.shape
+    fits = len(shape) == 4 and shape[2:] == wanted[2:]
+    if not fits or any(n not in (1, full) for n, full in zip(shape, wanted, strict=True)):
+        B, N, T, S = wanted
+        raise ValueError(
+            f"mask.shape={mask.shape} must be [T, S], [B, T, S] or [B, N, T, S] with B={B} or 1, "
+            f"N={N} or 1, T={T} and S={S}; broadcast or cut it"
+        )
+
+
 def check_segment_ids(k: jax.Array, segment_ids: jax.Array | None) -> None:
     """segment_ids is one int32 per key."""
     if segment_ids is None:
