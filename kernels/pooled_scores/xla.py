@@ -91,15 +91,16 @@ def _attention(
     """Softmax over the visible columns of each row; 0 where there is none."""
     batch, num_rows, num_heads, head_dim = queries.shape
     num_columns, num_kv_heads = keys.shape[1:3]
-    queries = queries.reshape(batch, num_rows, num_kv_heads, -1, head_dim)
+    # The rows of a kv head as one matrix: its product needs no transposition.
+    queries = jnp.swapaxes(queries, 1, 2).reshape(batch, num_kv_heads, -1, head_dim)
     # Block means must not be rounded to tf32.
-    logits = jnp.einsum("bikgh,bjkh->bkgij", queries, keys, precision=lax.Precision.HIGHEST)
-    logits = jnp.where(visible[:, None, None], logits * head_dim**-0.5, -jnp.inf)
+    logits = jnp.einsum("bkih,bjkh->bkij", queries, keys, precision=lax.Precision.HIGHEST)
+    logits = logits.reshape(batch, num_heads, num_rows, num_columns)
+    logits = jnp.where(visible[:, None], logits * head_dim**-0.5, -jnp.inf)
     row_max = logits.max(axis=-1, keepdims=True)
     weights = jnp.exp(logits - jnp.where(jnp.isneginf(row_max), 0.0, row_max))
     totals = weights.sum(axis=-1, keepdims=True)
-    weights = weights / jnp.where(totals == 0.0, 1.0, totals)
-    return weights.reshape(batch, num_heads, num_rows, num_columns)
+    return weights / jnp.where(totals == 0.0, 1.0, totals)
 
 
 def _jensen_shannon_distance(

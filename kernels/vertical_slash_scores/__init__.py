@@ -24,16 +24,18 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from sparseattn_jax.kernels.backends import (
     Backend,
-    DeviceFacts,
     Implementation,
     choose,
     device_facts,
     never_refuses,
 )
-from sparseattn_jax.kernels.vertical_slash_scores import xla
+from sparseattn_jax.kernels.vertical_slash_scores import mosaic_sm90, xla
+from sparseattn_jax.kernels.vertical_slash_scores.tiling import CallFacts
 
-_TABLE: Mapping[Backend, Implementation[DeviceFacts]] = {
+_TABLE: Mapping[Backend, Implementation[CallFacts]] = {
     "xla": Implementation(xla.run, never_refuses),
+    # Last, so by name only, until it has been seen to run on a GPU.
+    "mosaic_sm90": Implementation(mosaic_sm90.run, mosaic_sm90.refusal),
 }
 
 
@@ -66,7 +68,10 @@ def vertical_slash_scores(
     """
     if num_queries < 1:
         raise ValueError(f"num_queries={num_queries} must be at least 1; 64 is usual")
-    return choose(_TABLE, backend, device_facts(q, k)).run(
+    facts = CallFacts(
+        device=device_facts(q, k), dtype=q.dtype, head_dim=q.shape[-1], num_queries=num_queries
+    )
+    return choose(_TABLE, backend, facts).run(
         jax.lax.stop_gradient(q),
         jax.lax.stop_gradient(k),
         kv_lengths,
