@@ -11,9 +11,11 @@ from sparseattn_jax.block_mask import BlockMask as BlockMask
 from sparseattn_jax.kernels.backends import Backend as Backend
 from sparseattn_jax.kernels.backends import UnsupportedError as UnsupportedError
 from sparseattn_jax.pattern import SparsePattern as SparsePattern
+from sparseattn_jax.prefill import flexprefill_prefill as flexprefill_prefill
 from sparseattn_jax.prefill import full_prefill as full_prefill
 from sparseattn_jax.prefill import streaming_prefill as streaming_prefill
 from sparseattn_jax.prefill import xattention_prefill as xattention_prefill
+from sparseattn_jax.strategies.flex_prefill import FlexPrefill as FlexPrefill
 from sparseattn_jax.strategies.full import Full as Full
 from sparseattn_jax.strategies.streaming import Streaming as Streaming
 from sparseattn_jax.strategies.xattention import XAttention as XAttention

@@ -151,17 +151,23 @@ def check_block_mask(q: jax.Array, k: jax.Array, block_mask: "BlockMask") -> Non
 
 def check_threshold(q: jax.Array, threshold: float | jax.Array) -> None:
     """A threshold is a share, one for all query heads or one for each."""
-    if np.shape(threshold) not in ((), (q.shape[2],)):
-        raise ValueError(
-            f"threshold has shape {np.shape(threshold)}; "
-            f"pass a scalar, or one per query head, of shape ({q.shape[2]},)"
-        )
-    values = concrete(threshold)
-    if values is not None and not np.all((values >= 0) & (values <= 1)):
-        raise ValueError(
-            f"threshold={values.tolist()} must lie in [0, 1]: it is the share of the softmax "
-            "mass to keep"
-        )
+    check_share(q, threshold=threshold)
+
+
+def check_share(q: jax.Array, **shares: float | jax.Array) -> None:
+    """Every share of a softmax mass is one for all query heads or one for each, in [0, 1]."""
+    for name, share in shares.items():
+        if np.shape(share) not in ((), (q.shape[2],)):
+            raise ValueError(
+                f"{name} has shape {np.shape(share)}; "
+                f"pass a scalar, or one per query head, of shape ({q.shape[2]},)"
+            )
+        values = concrete(share)
+        if values is not None and not np.all((values >= 0) & (values <= 1)):
+            raise ValueError(
+                f"{name}={values.tolist()} must lie in [0, 1]: it is the share of the softmax "
+                "mass to keep"
+            )
 
 
 def check_scale(scale: float | None) -> None:

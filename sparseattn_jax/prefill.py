@@ -17,6 +17,7 @@ from sparseattn_jax.checks import (
 )
 from sparseattn_jax.kernels import dense_attention as dense
 from sparseattn_jax.kernels.backends import Backend
+from sparseattn_jax.strategies.flex_prefill import FlexPrefill
 from sparseattn_jax.strategies.full import Full
 from sparseattn_jax.strategies.streaming import Streaming
 from sparseattn_jax.strategies.xattention import XAttention
@@ -36,6 +37,15 @@ class _XAttentionOptions(PrefillOptions, total=False):
     threshold: float | Float32[Array, ""] | Float32[Array, " N"]
     stride: int
     block_size: int
+
+
+class _FlexPrefillOptions(PrefillOptions, total=False):
+    gamma: float | Float32[Array, ""] | Float32[Array, " N"]
+    tau: float | Float32[Array, ""]
+    min_budget: int | None
+    max_budget: int | None
+    block_size: int
+    per_row: bool
 
 
 class _FullOptions(PrefillOptions, total=False):
@@ -109,6 +119,92 @@ def xattention_prefill(
         UnsupportedError: the named backend, or packed sequences, cannot be run.
     """
     strategy = XAttention(threshold=threshold, stride=stride, block_size=block_size)
+    return prefill_attention(
+        q,
+        k,
+        v,
+        strategy,
+        is_causal=is_causal,
+        kv_lengths=kv_lengths,
+        segment_ids=segment_ids,
+        return_lse=return_lse,
+        backend=backend,
+    )
+
+
+@overload
+def flexprefill_prefill(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[_FlexPrefillOptions],
+) -> Out: ...
+
+
+@overload
+def flexprefill_prefill(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[_FlexPrefillOptions],
+) -> OutAndLse: ...
+
+
+@checked(check_qk, check_kv, check_causal, check_kv_lengths, check_segment_ids)
+def flexprefill_prefill(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    gamma: float | Float32[Array, ""] | Float32[Array, " N"] = 0.9,
+    tau: float | Float32[Array, ""] = 0.1,
+    min_budget: int | None = None,
+    max_budget: int | None = None,
+    block_size: int = 128,
+    per_row: bool = False,
+    is_causal: bool = True,
+    kv_lengths: Int32[Array, " B"] | None = None,
+    segment_ids: Int32[Array, "B S"] | None = None,
+    return_lse: bool = False,
+    backend: Backend | None = None,
+) -> Out | OutAndLse:
+    """Attention over the key blocks that FlexPrefill selects (arXiv:2502.20766).
+
+    Args:
+        q: queries, at the end of the keys. Head n reads kv head n // (N // K).
+        k: keys.
+        v: values.
+        gamma: share of the mass to hold, in [0, 1]; one for all heads or one per query head.
+        tau: distance below which pooled scores decide; 0 for none of the heads.
+        min_budget: tokens of columns, and of slashes, at least.
+        max_budget: tokens of columns, and of slashes, at most.
+        block_size: queries and keys per block.
+        per_row: whether pooled scores are to hold gamma of each row's, not of all rows' together.
+        is_causal: must be true: the last queries decide.
+        kv_lengths: valid keys of each sequence; the rest is padding, of any finite value.
+        segment_ids: packed sequences; FlexPrefill does not take them.
+        return_lse: whether to return the log-sum-exp too.
+        backend: see `prefill_attention`.
+
+    Returns:
+        The output in q's dtype, or (output, log-sum-exp).
+
+    Raises:
+        ValueError: an argument is out of range or does not fit the others.
+        UnsupportedError: the named backend, or packed sequences, cannot be run.
+    """
+    strategy = FlexPrefill(
+        gamma=gamma,
+        tau=tau,
+        min_budget=min_budget,
+        max_budget=max_budget,
+        block_size=block_size,
+        per_row=per_row,
+    )
     return prefill_attention(
         q,
         k,

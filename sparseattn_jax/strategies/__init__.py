@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 
+from sparseattn_jax.strategies.flex_prefill import FlexPrefill
 from sparseattn_jax.strategies.full import Full
 from sparseattn_jax.strategies.protocol import Strategy
 from sparseattn_jax.strategies.streaming import Streaming
 from sparseattn_jax.strategies.xattention import XAttention
 
 STRATEGIES: Mapping[str, type[Strategy]] = {
+    "flex_prefill": FlexPrefill,
     "full": Full,
     "streaming": Streaming,
     "xattention": XAttention,

@@ -7,18 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparseattn_jax import Full, Streaming, XAttention
+from sparseattn_jax import FlexPrefill, Full, Streaming, XAttention
 from sparseattn_jax.strategies import STRATEGIES
 from sparseattn_jax.strategies.protocol import Strategy
 from tests.oracles import selection
 
 BLOCK = 8
 SETTINGS = {
+    "flex_prefill": FlexPrefill(gamma=0.6, tau=0.3, block_size=BLOCK),
     "full": Full(block_size=BLOCK),
     "streaming": Streaming(sink_size=8, recent_size=16, block_size=BLOCK),
     "xattention": XAttention(threshold=0.6, stride=4, block_size=BLOCK),
 }
 KEEP_ALL = {
+    "flex_prefill": FlexPrefill(gamma=1.0, block_size=BLOCK),
     "full": Full(block_size=BLOCK),
     "streaming": Streaming(sink_size=8, recent_size=64, block_size=BLOCK),
     "xattention": XAttention(threshold=1.0, stride=4, block_size=BLOCK),

@@ -50,15 +50,14 @@ def kept(call: dict[str, Any]) -> np.ndarray:
     return oracle.visible_pairs(B, T, S, **options)[:, None] & mask & np.ones((1, N, 1, 1), bool)
 
 
-@pytest.fixture(params=[2**28, 1], ids=["one-chunk", "chunks"])
-def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(xla, "_CHUNK_BYTES", request.param)
+@pytest.mark.parametrize(
+    ("name", "chunk_bytes"), [*((name, 2**28) for name in CALLS), ("everything", 1), ("full", 1)]
+)
+def test_values_and_gradients_equal_the_oracle(
+    monkeypatch: pytest.MonkeyPatch, name: str, chunk_bytes: int
+) -> None:
+    monkeypatch.setattr(xla, "_CHUNK_BYTES", chunk_bytes)
     xla.run.clear_cache()  # the number of bytes is no argument
-
-
-@pytest.mark.usefixtures("chunks")
-@pytest.mark.parametrize("name", CALLS)
-def test_values_and_gradients_equal_the_oracle(name: str) -> None:
     qkv, rng = operands()
     options = {"is_causal": True} | {
         key: x if key == "is_causal" else jnp.asarray(x) for key, x in CALLS[name].items()
