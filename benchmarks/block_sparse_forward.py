@@ -4,8 +4,10 @@ Lists are drawn per head: each causally visible block with a given probability, 
 sink (first) block and the diagonal. Every peer that takes lists gets the very same ones.
 """
 
+import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,45 +34,90 @@ PROBABILITIES = (0.05, 0.1, 0.25, 0.5, 1.0)
 def run(options: Options, length: int) -> Iterator[Record | str]:
     """Records of one length, and sentences about what could not be recorded."""
     shape = options.shape
-    q, k, v = random_operands(shape, length, seed=options.seed)
+    operands = random_operands(shape, length, seed=options.seed)
+
+    def judge(out_rows: np.ndarray, *, rows: np.ndarray, keep: np.ndarray) -> gate.Verdict:
+        size = shape.block_size
+        keep = keep[:, rows // size]
+        return gate.judge(out_rows, *operands, rows=rows, keep=keep, block_size=size)
+
+    work = Work(
+        op="block_sparse_forward",
+        probabilities=PROBABILITIES,
+        operands=operands,
+        ours=functools.partial(block_sparse_attention, backend=options.backend),
+        dense=dense_peers(options),
+        judge=judge,
+        inputs=f"{shape}, causal, random normal q/k/v, random blocks + sink + diagonal",
+    )
+    return figures(work, options, length)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a suite over random block lists times.
+
+    Attributes:
+        op: its records' op.
+        probabilities: of a visible block to be listed; the last one is 1, so that the judge of
+            its results is that of dense attention.
+        operands: q, k and v, and for a suite of gradients that of the output.
+        ours: takes the operands and a BlockMask.
+        dense: by peer; take the operands.
+        judge: of the sampled rows of each result.
+        inputs: their records' inputs.
+    """
+
+    op: str
+    probabilities: Sequence[float]
+    operands: Sequence[Array]
+    ours: Callable[..., Any]
+    dense: Mapping[str, Callable[..., Any]]
+    judge: Callable[..., gate.Verdict]
+    inputs: str
+
+
+def figures(work: Work, options: Options, length: int) -> Iterator[Record | str]:
+    """Records of one length, and sentences about what could not be recorded."""
+    shape = options.shape
     rows = gate.sample_rows(length, shape.block_size, seed=options.seed)
     num_blocks = length // shape.block_size
     keeps = {
         f"p={probability:g}": draw_blocks(
             shape.num_heads, num_blocks, probability, seed=options.seed
         )
-        for probability in PROBABILITIES
+        for probability in work.probabilities
     }
-    judge = functools.partial(gate.judge, q=q, k=k, v=v, rows=rows, block_size=shape.block_size)
     judges = {
-        case: functools.partial(judge, keep=keep[:, rows // shape.block_size])
-        for case, keep in keeps.items()
+        case: functools.partial(work.judge, rows=rows, keep=keep) for case, keep in keeps.items()
     }
     list_blocks = jax.jit(functools.partial(_block_mask, shape=shape, length=length))
-    attend = jax.jit(functools.partial(block_sparse_attention, backend=options.backend))
+    compute = jax.jit(work.ours)
     ours, densities = {}, {}
     for case, keep in keeps.items():
         mask = list_blocks(keep[None])
         densities[case] = float(mask.density().mean())
-        ours[case] = measured(attend, (q, k, v, mask), on_rows(judges[case], rows), options)
+        operands = (*work.operands, mask)
+        ours[case] = measured(compute, operands, on_rows(judges[case], rows), options)
 
     def records_beside(peer: str, theirs: Mapping[str, Measured | str]) -> Iterator[Record | str]:
         for case in keeps:
             yield options.record(
-                op="block_sparse_forward",
+                op=work.op,
                 case=f"{format_length(length)} {case}",
-                inputs=f"{shape}, causal, random normal q/k/v, random blocks + sink + diagonal",
+                inputs=work.inputs,
                 density=densities[case],
                 ours=ours[case],
                 peer=peer,
                 theirs=theirs[case],
             )
 
-    for peer, attend_densely in dense_peers(options).items():
+    for peer, compute_densely in work.dense.items():
         # p=1 lists every visible block, so its judge is that of dense attention.
-        dense = measured(attend_densely, (q, k, v), on_rows(judges["p=1"], rows), options)
+        judge = on_rows(judges["p=1"], rows)
+        dense = measured(compute_densely, work.operands, judge, options)
         yield from records_beside(peer, dict.fromkeys(keeps, dense))
-    for peer, theirs in _torch_figures(options, (q, k, v), rows, keeps, judges).items():
+    for peer, theirs in _torch_figures(options, work.operands, rows, keeps, judges).items():
         yield from records_beside(peer, theirs)
 
 
@@ -109,7 +156,7 @@ def _block_mask(keep: Bool[Array, "1 N Tb Tb"], *, shape: Shape, length: int) ->
 
 def _torch_figures(
     options: Options,
-    operands: tuple[Array, Array, Array],
+    operands: Sequence[Array],
     rows: np.ndarray,
     keeps: Mapping[str, np.ndarray],
     judges: Mapping[str, JudgeRows],

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from benchmarks import gate, records
 from benchmarks.rounds import Timer
@@ -20,16 +20,23 @@ from benchmarks.shapes import Shape
 from benchmarks.timing import Timing, check_exceeds_cache, time_call
 from sparseattn_jax.kernels.backends import Backend
 
+_OPERANDS = ("q", "k", "v", "d_out")
 Peer = Literal["cudnn", "xla", "fa4", "fa4_block_sparse"]
-JudgeRows = Callable[[Float[np.ndarray, "rows N H"]], gate.Verdict]
+JudgeRows = Callable[..., gate.Verdict]
+"""Judges the sampled rows [rows, heads, H] of each array of a result."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-    """The time of a call whose output passed, or did not pass, the gate."""
+    """The time of a call whose output passed, or did not pass, the gate.
+
+    Attributes:
+        peak_bytes: as `measured_with_memory` has it.
+    """
 
     timing: Timing
     verdict: gate.Verdict
+    peak_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +91,8 @@ class Options:
             max_error=_digits(ours.verdict.max_error),
             max_error_allowed=_digits(ours.verdict.max_error_allowed),
             inputs=inputs,
+            ours_peak_gib=_gib(ours),
+            peer_peak_gib=_gib(theirs),
             **dataclasses.asdict(self.origin),
         )
 
@@ -101,9 +110,39 @@ def measured[Out](
     return Measured(timing=timing, verdict=judge(out))
 
 
-def on_rows(judge: JudgeRows, rows: np.ndarray) -> Callable[[Array], gate.Verdict]:
-    """Judges the sampled rows of an output."""
-    return lambda out: judge(np.asarray(out[0, rows], np.float32))
+def measured_with_memory[Out](
+    function: Callable[..., Out],
+    operands: Sequence[Any],
+    judge: Callable[[Out], gate.Verdict],
+    options: Options,
+) -> Measured | str:
+    """As `measured`, with the memory that the call takes; or if it fails, as for want of it, why.
+
+    The memory is what the compiled program allocates: arguments, results and temporaries, among
+    these the workspaces of libraries. The process's own peak would hold also what drew the
+    operands and what judges the results.
+    """
+    try:
+        compiled = jax.jit(function).lower(*operands).compile()
+        figure = measured(compiled, operands, judge, options)
+    except Exception as error:  # of any kind: reported, and the other calls go on
+        return f"{type(error).__name__}: {error}"
+    return dataclasses.replace(figure, peak_bytes=_peak_bytes(compiled))
+
+
+def _peak_bytes(compiled: jax.stages.Compiled) -> int | None:
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    allocated = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return allocated + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+
+
+def on_rows(
+    judge: JudgeRows, rows: np.ndarray
+) -> Callable[[Array | tuple[Array, ...]], gate.Verdict]:
+    """Judges the sampled rows of a result, one array or several."""
+    return lambda out: judge(*(np.asarray(x[0, rows], np.float32) for x in jax.tree.leaves(out)))
 
 
 def dense_peers(options: Options) -> dict[str, Callable[[Array, Array, Array], Array]]:
@@ -127,13 +166,17 @@ def torch_peers(
     rows: np.ndarray,
     options: Options,
 ) -> dict[tuple[str, str], Measured | str]:
-    """Times (peer, case) calls in a torch process; a failed call's answer is its traceback."""
+    """Times (peer, case) calls in a torch process; a failed call's answer is its traceback.
+
+    The operands are q, k and v, and where gradients are wanted that of the output.
+    """
     if not calls:
         return {}
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         request = {
             "calls": calls,
+            "operands": _OPERANDS[: len(operands)],
             "dtype": options.shape.dtype,
             "block_size": options.shape.block_size,
             "rows": rows.tolist(),
@@ -141,8 +184,8 @@ def torch_peers(
             "timer": options.timer,
         }
         (folder / "request.json").write_text(json.dumps(request))
-        for letter, operand in zip("qkv", operands, strict=True):
-            np.save(folder / f"{letter}.npy", np.asarray(operand).view(np.uint16))
+        for operand_name, operand in zip(request["operands"], operands, strict=True):
+            np.save(folder / f"{operand_name}.npy", np.asarray(operand).view(np.uint16))
         for case, keep in keeps.items():
             np.save(folder / f"mask_{case}.npy", keep)
         command = [sys.executable, "-m", "benchmarks.torch_peers", name]
@@ -153,18 +196,25 @@ def torch_peers(
             return dict.fromkeys(calls, f"the torch process ended with {done.returncode}")
         answers = json.loads(done.stdout.splitlines()[-1])
         return {
-            call: _torch_measured(answer, folder / f"rows_{index}.npy", judges[call[1]])
+            call: _torch_measured(answer, folder / f"rows_{index}.npz", judges[call[1]])
             for index, (call, answer) in enumerate(zip(calls, answers, strict=True))
         }
 
 
 def _torch_measured(
-    answer: Mapping[str, Any], out_rows: pathlib.Path, judge: JudgeRows
+    answer: Mapping[str, Any], rows: pathlib.Path, judge: JudgeRows
 ) -> Measured | str:
     if "failure" in answer:
         return answer["failure"]
     timing = Timing(runs_ms=answer["runs_ms"], queued_ms=answer["queued_ms"])
-    return Measured(timing=timing, verdict=judge(np.load(out_rows)))
+    with np.load(rows) as arrays:
+        return Measured(timing=timing, verdict=judge(*arrays.values()))
+
+
+def _gib(figure: Measured | None) -> float | None:
+    if figure is None or figure.peak_bytes is None:
+        return None
+    return _digits(figure.peak_bytes / 2**30)
 
 
 def _digits(value: float) -> float:

@@ -45,6 +45,9 @@ class Record:
         density: listed blocks over causally visible ones.
         max_error: largest error on the sampled rows, as benchmarks/gate.py has it.
         max_error_allowed: what the gate allowed.
+        ours_peak_gib: memory of our call's arguments, results and temporaries together, as
+            XLA's compiled program allocates them; None where it was not asked for.
+        peer_peak_gib: the same of the peer's call.
         inputs: shape, dtype and distribution of the operands.
     """
 
@@ -70,6 +73,8 @@ class Record:
     commit: str
     inputs: str
     date: str
+    ours_peak_gib: float | None = None
+    peer_peak_gib: float | None = None
 
     @property
     def key(self) -> tuple[str, str, str | None]:

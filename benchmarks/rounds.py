@@ -4,8 +4,9 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-# "kernel": device time of a call's kernels; "queued": wall time of queued calls.
-Timer = Literal["kernel", "queued"]
+# "kernel": device time of a call's kernels; "queued": wall time of queued calls; "single": wall
+# time of calls that are awaited one by one, for calls so large that few results fit the memory.
+Timer = Literal["kernel", "queued", "single"]
 
 
 _HEATING_SECONDS = 0.7
@@ -24,6 +25,11 @@ def heat(queue: Callable[[], object]) -> None:
 def calls_per_queue(call_ms: float) -> int:
     """Calls to queue at once: 0.2 s of work, at least 10 calls and at most 50."""
     return max(10, min(50, round(200 / max(call_ms, 1e-3))))
+
+
+def single_runs(call_ms: float, runs: int) -> int:
+    """Calls to time one by one: as many as were asked for, but of long ones 20 s or two calls."""
+    return max(2, min(runs, round(20_000 / max(call_ms, 1e-3))))
 
 
 def queued_rounds(call_ms: float) -> int:

@@ -1,6 +1,8 @@
 """Times our operations beside their peers and records what passed the correctness gate.
 
     python -m benchmarks.run --suite block_sparse_forward --lengths 8K 32K 128K
+    python -m benchmarks.run --suite block_sparse_forward_backward --lengths 8K 32K
+    python -m benchmarks.run --suite scale --lengths 256K 512K 1024K --peers cudnn
 
 On a GPU with torch and flash-attn-4 installed, FA4 is timed in a process of its own; JAX leaves it
 a quarter of the GPU's memory unless XLA_CLIENT_MEM_FRACTION says otherwise. CUPTI takes one
@@ -17,18 +19,33 @@ from typing import Literal
 import jax
 import tyro
 
-from benchmarks import block_sparse_forward, decode, records, xattention
+from benchmarks import (
+    block_sparse_forward,
+    block_sparse_forward_backward,
+    decode,
+    records,
+    scale,
+    xattention,
+)
 from benchmarks.measure import Options, Peer
-from benchmarks.rounds import Timer
 from benchmarks.shapes import SHAPES, parse_length
 from sparseattn_jax.kernels.backends import Backend
 
-Suite = Literal["block_sparse_forward", "decode", "xattention_select", "xattention_prefill"]
+Suite = Literal[
+    "block_sparse_forward",
+    "block_sparse_forward_backward",
+    "decode",
+    "xattention_select",
+    "xattention_prefill",
+    "scale",
+]
 SUITES: dict[Suite, Callable[[Options, int], Iterator[records.Record | str]]] = {
     "block_sparse_forward": block_sparse_forward.run,
+    "block_sparse_forward_backward": block_sparse_forward_backward.run,
     "decode": decode.run,
     "xattention_select": xattention.run_select,
     "xattention_prefill": xattention.run_prefill,
+    "scale": scale.run,
 }
 _NEEDS: dict[Peer, tuple[str, ...]] = {
     "fa4": ("torch", "flash_attn"),
@@ -43,7 +60,7 @@ def run(
     shape: Literal["llama3_8b", "toy"] = "llama3_8b",
     backend: Backend | None = "mosaic_sm90",
     peers: tuple[Peer, ...] = ("cudnn", "fa4", "fa4_block_sparse"),
-    timer: Timer | None = None,
+    timer: Literal["kernel", "queued"] | None = None,
     runs: int = 10,
     seed: int = 0,
     commit: str | None = None,
@@ -57,7 +74,7 @@ def run(
         shape: one of benchmarks/shapes.py.
         backend: our backend, "None" for the default one.
         peers: whom to time beside us; those that are not installed are left out, and named.
-        timer: by default "kernel" on a GPU and "queued" elsewhere.
+        timer: by default "kernel" on a GPU and "queued" elsewhere; the suite scale has its own.
         runs: the fewest timed runs of each call, at least two.
         seed: of the operands and the masks.
         commit: the tree's commit, where git cannot tell.

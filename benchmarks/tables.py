@@ -54,22 +54,26 @@ def _table(rows: Sequence[Record]) -> str:
     peers = list(dict.fromkeys(row.peer for row in rows if row.peer))
     header = ["case", "density", "ours, ms", *(f"{peer}, ms" for peer in peers)]
     header += [f"ours / {peer}" for peer in peers]
+    has_memory = any(row.ours_peak_gib is not None for row in rows)
+    if has_memory:
+        header += ["ours, GiB", *(f"{peer}, GiB" for peer in peers)]
     lines = [_line(header), _line(["---"] * len(header))]
     # Peers that were timed in another run than their case's other peers get a line of their own.
     for (case, _), same_run in itertools.groupby(rows, key=lambda row: (row.case, row.ours_ms)):
         by_peer = {row.peer: row for row in same_run}
         ours = next(iter(by_peer.values()))
-        lines.append(
-            _line(
-                [
-                    case,
-                    f"{ours.density:.3f}",
-                    _spread(ours.ours_ms, ours.ours_ms_min, ours.ours_ms_max),
-                    *(_peer_time(by_peer.get(peer)) for peer in peers),
-                    *(_ratio(by_peer.get(peer)) for peer in peers),
-                ]
-            )
-        )
+        beside = [by_peer.get(peer) for peer in peers]
+        cells = [
+            case,
+            f"{ours.density:.3f}",
+            _spread(ours.ours_ms, ours.ours_ms_min, ours.ours_ms_max),
+            *(_peer_time(row) for row in beside),
+            *(_ratio(row) for row in beside),
+        ]
+        if has_memory:
+            peaks = [ours.ours_peak_gib, *(row and row.peer_peak_gib for row in beside)]
+            cells += ["-" if peak is None else f"{peak:.1f}" for peak in peaks]
+        lines.append(_line(cells))
     return "\n".join([_how(rows), "", *lines, ""])
 
 

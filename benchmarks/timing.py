@@ -2,7 +2,8 @@
 
 "kernel" sums the durations of a call's kernels as CUPTI reports them, so neither dispatch nor
 gaps count. "queued" is the wall time of a queue of calls over their number, so dispatch is hidden
-while a call takes longer than it. Where the two agree, launch overhead does not count.
+while a call takes longer than it. Where the two agree, launch overhead does not count. "single" is
+the wall time of one call, dispatch included: 0.1 ms of calls that take hundreds. Here alone.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 from jax.experimental.mosaic.gpu import profiler
 
-from benchmarks.rounds import Timer, calls_per_queue, heat, queued_rounds
+from benchmarks.rounds import Timer, calls_per_queue, heat, queued_rounds, single_runs
 
 _L2_BYTES = 50 * 2**20  # H100
 
@@ -36,8 +37,14 @@ class Timing:
 def time_call[Out](
     function: Callable[..., Out], operands: Sequence[Any], *, timer: Timer, runs: int
 ) -> tuple[Out, Timing]:
-    """Heats up with and times `function(*operands)`, a jitted function; also returns its result."""
+    """Heats up with and times a jitted or compiled function; also returns its result."""
     out = jax.block_until_ready(function(*operands))
+    if timer == "single":
+        once = functools.partial(_queue_ms, function, operands, calls=1)
+        call_ms = once()
+        heat(once)
+        runs_ms = [once() for _ in range(single_runs(call_ms, runs))]
+        return out, Timing(runs_ms=runs_ms, queued_ms=statistics.median(runs_ms))
     call_ms = _queue_ms(function, operands, calls=2)
     calls = calls_per_queue(call_ms)
     queue = functools.partial(_queue_ms, function, operands, calls=calls)

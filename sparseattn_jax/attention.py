@@ -83,7 +83,8 @@ def prefill_attention(
         q: queries, at the end of the keys if causal. Head n reads kv head n // (N // K).
         k: keys.
         v: values.
-        strategy: selects the keys; the selection has no gradient.
+        strategy: selects the keys; the selection has no gradient. How many blocks a capacity of
+            its own dropped is said by the pattern of its `select` alone.
         is_causal: whether a query sees keys up to its own position only.
         kv_lengths: valid keys of each sequence; the rest is padding, of any finite value.
         segment_ids: a query sees keys of its own segment only.

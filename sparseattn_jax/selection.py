@@ -1,17 +1,19 @@
 """From block scores to a pattern: which blocks are visible, which are forced, in what ranges."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Int32
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from sparseattn_jax.block_mask import BlockMask, num_visible_blocks
 from sparseattn_jax.kernels.backends import Backend
 from sparseattn_jax.kernels.select_blocks import select_blocks
 from sparseattn_jax.pattern import SparsePattern
 
-type Scores = Callable[[tuple[int, int]], Float32[Array, "B N rows Sb"]]
+type Operands = tuple[Float[Array, "B T N H"], Float[Array, "B S K H"]]
+type Scores = Callable[[Operands, tuple[int, int]], Float32[Array, "B N rows Sb"]]
 """Block scores of a range of query blocks, from the first to the one to stop before."""
 
 
@@ -35,11 +37,9 @@ def num_forced_blocks(q_len: int, kv_len: int, block_size: int, *, is_causal: bo
 
 def select_cumulative(
     scores: Scores,
+    operands: Operands,
     threshold: Float32[Array, " N"],
     *,
-    batch: int,
-    q_len: int,
-    kv_len: int,
     block_size: int,
     is_causal: bool,
     kv_lengths: Int32[Array, " B"] | None,
@@ -49,52 +49,22 @@ def select_cumulative(
 ) -> SparsePattern:
     """The blocks whose scores reach `threshold` of each row's sum; see `kernels/select_blocks`.
 
-    Causal rows keep the first block and their diagonal in any case. Scores exist for a range of
-    query blocks at one time.
+    Causal rows keep the first block and their diagonal in any case. Scores, and what else has a
+    number per block, exist for a range of query blocks at one time.
+
+    Args:
+        scores: of a range of query blocks, from the operands.
+        operands: queries, at the end of the keys if causal, and keys.
+        threshold: share of each row's sum to keep, per query head.
+        block_size: queries and keys per block.
+        is_causal: whether a query sees keys up to its own position only.
+        kv_lengths: valid keys of each sequence, by default all.
+        max_blocks: capacity of a row's list, by default no limit; what it drops is counted.
+        backend: of `kernels/select_blocks`.
+        workspace_bytes: memory for the scores of a range, of at least one query block.
     """
-    visible, forced = _visible_and_forced(
-        q_len, kv_len, block_size, is_causal=is_causal, kv_lengths=kv_lengths
-    )
-    num_q_blocks, num_kv_blocks = visible.shape[1:]
-    row_bytes = 4 * batch * len(threshold) * num_kv_blocks
-    step = min(max(1, workspace_bytes // row_bytes), num_q_blocks)
-    lists = [
-        select_blocks(
-            scores((first, min(first + step, num_q_blocks))),
-            threshold,
-            forced[:, None, first : first + step],
-            visible[:, None, first : first + step],
-            max_blocks=max_blocks,
-            backend=backend,
-        )
-        for first in range(0, num_q_blocks, step)
-    ]
-    indices, counts, num_dropped = zip(*lists, strict=True)
-    blocks = BlockMask(
-        kv_indices=_joined(indices),
-        kv_num_blocks=_joined(counts),
-        q_len=q_len,
-        kv_len=kv_len,
-        block_q=block_size,
-        block_kv=block_size,
-        is_causal=is_causal,
-    )
-    return SparsePattern(blocks=blocks, num_dropped=jnp.sum(jnp.stack(num_dropped), axis=0))
-
-
-def _joined(parts: Sequence[Array]) -> Array:
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)
-
-
-def _visible_and_forced(
-    q_len: int,
-    kv_len: int,
-    block_size: int,
-    *,
-    is_causal: bool,
-    kv_lengths: Int32[Array, " B"] | None,
-) -> tuple[Bool[Array, "#B Tb Sb"], Bool[Array, "#B Tb Sb"]]:
-    columns = jnp.arange(-(-kv_len // block_size), dtype=jnp.int32)[None, None, :]
+    (batch, q_len), kv_len = operands[0].shape[:2], operands[1].shape[1]
+    num_q_blocks, num_kv_blocks = -(-q_len // block_size), -(-kv_len // block_size)
     num_visible = num_visible_blocks(
         q_len=q_len,
         kv_len=kv_len,
@@ -103,8 +73,61 @@ def _visible_and_forced(
         is_causal=is_causal,
         kv_lengths=kv_lengths,
     )
+    diagonals = None
+    if is_causal:
+        diagonals = jnp.asarray(first_diagonal_blocks(q_len, kv_len, block_size))
+
+    def lists_of(inputs: tuple, first: int, stop: int) -> tuple[Array, Array, Array]:
+        operands, num_visible, diagonals = inputs
+        visible, forced = _visible_and_forced(
+            num_visible[:, first:stop],
+            None if diagonals is None else diagonals[first:stop],
+            num_kv_blocks,
+        )
+        return select_blocks(
+            scores(operands, (first, stop)),
+            threshold,
+            forced[:, None],
+            visible[:, None],
+            max_blocks=max_blocks,
+            backend=backend,
+        )
+
+    row_bytes = 4 * batch * len(threshold) * num_kv_blocks
+    step = min(max(1, workspace_bytes // row_bytes), num_q_blocks)
+    inputs = operands, num_visible, diagonals
+    indices, counts, num_dropped = lists_of(inputs, 0, step)
+    if step < num_q_blocks:
+        # Ranges are written into the whole: joined at the end, the lists would exist twice.
+        later = ((0, 0), (0, 0), (0, num_q_blocks - step))
+        indices, counts = jnp.pad(indices, (*later, (0, 0))), jnp.pad(counts, later)
+    for first in range(step, num_q_blocks, step):
+        # No range is begun before the one before it is over: XLA would keep the scores of all.
+        inputs, indices = lax.optimization_barrier((inputs, indices))
+        new = lists_of(inputs, first, min(first + step, num_q_blocks))
+        indices = lax.dynamic_update_slice_in_dim(indices, new[0], first, axis=2)
+        counts = lax.dynamic_update_slice_in_dim(counts, new[1], first, axis=2)
+        num_dropped += new[2]
+    blocks = BlockMask(
+        kv_indices=indices,
+        kv_num_blocks=counts,
+        q_len=q_len,
+        kv_len=kv_len,
+        block_q=block_size,
+        block_kv=block_size,
+        is_causal=is_causal,
+    )
+    return SparsePattern(blocks=blocks, num_dropped=num_dropped)
+
+
+def _visible_and_forced(
+    num_visible: Int32[Array, "#B rows"],
+    diagonals: Int32[Array, " rows"] | None,
+    num_kv_blocks: int,
+) -> tuple[Bool[Array, "#B rows Sb"], Bool[Array, "#B rows Sb"]]:
+    """Of each row; without diagonals nothing is forced."""
+    columns = jnp.arange(num_kv_blocks, dtype=jnp.int32)[None, None, :]
     visible = columns < num_visible[..., None]
-    if not is_causal:
+    if diagonals is None:
         return visible, jnp.zeros_like(visible)
-    diagonals = first_diagonal_blocks(q_len, kv_len, block_size)[None, :, None]
-    return visible, visible & ((columns >= diagonals) | (columns == 0))
+    return visible, visible & ((columns >= diagonals[None, :, None]) | (columns == 0))

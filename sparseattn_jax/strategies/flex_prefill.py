@@ -26,7 +26,6 @@ from sparseattn_jax.kernels.pooled_scores import block_sums, pooled_distance, po
 from sparseattn_jax.kernels.vertical_slash_scores import vertical_slash_scores
 from sparseattn_jax.pattern import SparsePattern
 from sparseattn_jax.selection import first_diagonal_blocks
-from sparseattn_jax.strategies.full import Full
 
 
 def _check_parameters(self: "FlexPrefill", q: jax.Array, is_causal: bool) -> None:
@@ -103,27 +102,7 @@ class FlexPrefill:
                 "FlexPrefill does not take segment_ids: its last queries are one sequence's; "
                 "pass one sequence per batch row, with kv_lengths"
             )
-        (batch, q_len, num_heads, _), kv_len = q.shape, k.shape[1]
-        size = self.block_size
-        if kv_len <= max(2 * size, self.min_budget or 0):
-            return Full(block_size=size).select(q, k, kv_lengths=kv_lengths)
-        q, k = lax.stop_gradient((q, k))
-        gamma = lax.stop_gradient(jnp.asarray(self.gamma, jnp.float32))
-        gamma = jnp.broadcast_to(gamma, (num_heads,))
-        vertical, slash = vertical_slash_scores(
-            q, k, num_queries=size, kv_lengths=kv_lengths, backend=backend
-        )
-        distance = pooled_distance(
-            q, k, vertical, block_size=size, kv_lengths=kv_lengths, backend=backend
-        )
-        is_query_aware = distance < lax.stop_gradient(self.tau)
-        keep = self._vertical_slash(vertical, slash, gamma, is_query_aware, q_len)
-
-        def with_pooled(keep: Bool[Array, "B N Tb Sb"]) -> Bool[Array, "B N Tb Sb"]:
-            scores = pooled_scores(q, k, block_size=size, kv_lengths=kv_lengths, backend=backend)
-            return keep | (is_query_aware[:, :, None, None] & self._highest_pooled(scores, gamma))
-
-        keep = lax.cond(is_query_aware.any(), with_pooled, lambda keep: keep, keep)
+        (batch, q_len), kv_len, size = q.shape[:2], k.shape[1], self.block_size
         ends = num_visible_blocks(
             q_len=q_len,
             kv_len=kv_len,
@@ -132,10 +111,37 @@ class FlexPrefill:
             is_causal=True,
             kv_lengths=kv_lengths,
         )
-        visible = jnp.arange(keep.shape[-1], dtype=jnp.int32)[None, None] < ends[:, :, None]
-        keep = keep & visible[:, None]
+        columns = jnp.arange(-(-kv_len // size), dtype=jnp.int32)[None, None, :]
+        keep = jnp.broadcast_to(columns < ends[..., None], (batch, ends.shape[1], columns.size))
+        keep = keep[:, None]
+        if kv_len > max(2 * size, self.min_budget or 0):
+            keep = keep & self._selected(q, k, kv_lengths, backend)
         blocks = BlockMask.from_dense(keep, q_len=q_len, kv_len=kv_len, block_q=size, block_kv=size)
-        return SparsePattern(blocks=blocks, num_dropped=jnp.zeros((batch, num_heads), jnp.int32))
+        num_dropped = jnp.zeros(keep.shape[:2], jnp.int32)
+        return SparsePattern(blocks=blocks, num_dropped=num_dropped)
+
+    def _selected(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        kv_lengths: Int32[Array, " B"] | None,
+        backend: Backend | None,
+    ) -> Bool[Array, "B N Tb Sb"]:
+        """The blocks that each head selects, visible or not."""
+        q, k = lax.stop_gradient((q, k))
+        gamma = lax.stop_gradient(jnp.asarray(self.gamma, jnp.float32))
+        gamma = jnp.broadcast_to(gamma, (q.shape[2],))
+        call = {"kv_lengths": kv_lengths, "backend": backend}
+        vertical, slash = vertical_slash_scores(q, k, num_queries=self.block_size, **call)
+        distance = pooled_distance(q, k, vertical, block_size=self.block_size, **call)
+        is_query_aware = distance < lax.stop_gradient(self.tau)
+
+        def with_pooled(keep: Bool[Array, "B N Tb Sb"]) -> Bool[Array, "B N Tb Sb"]:
+            scores = pooled_scores(q, k, block_size=self.block_size, **call)
+            return keep | (is_query_aware[:, :, None, None] & self._highest_pooled(scores, gamma))
+
+        keep = self._vertical_slash(vertical, slash, gamma, is_query_aware, q.shape[1])
+        return lax.cond(is_query_aware.any(), with_pooled, lambda keep: keep, keep)
 
     def _vertical_slash(
         self,

@@ -19,7 +19,7 @@ from sparseattn_jax.checks import (
 from sparseattn_jax.kernels.antidiagonal_scores import antidiagonal_scores
 from sparseattn_jax.kernels.backends import Backend, UnsupportedError
 from sparseattn_jax.pattern import SparsePattern
-from sparseattn_jax.selection import num_forced_blocks, select_cumulative
+from sparseattn_jax.selection import Operands, num_forced_blocks, select_cumulative
 
 
 def _check_parameters(self: "XAttention", q: jax.Array, k: jax.Array, is_causal: bool) -> None:
@@ -57,6 +57,7 @@ class XAttention:
         block_size: queries and keys per block.
         max_blocks: capacity of a row's list, by default no limit. A row that selects more keeps
             its forced blocks and the highest-scored; `SparsePattern.num_dropped` counts the rest.
+            Without a limit the lists of 32 heads and 1M tokens take 8.6 GB, with 1024 blocks 1.1.
     """
 
     threshold: float | Float32[Array, ""] | Float32[Array, " N"] = 0.95
@@ -83,10 +84,9 @@ class XAttention:
             )
         threshold = jnp.asarray(jax.lax.stop_gradient(self.threshold), jnp.float32)
 
-        def scores(q_blocks: tuple[int, int]) -> Float32[Array, "B N rows Sb"]:
+        def scores(operands: Operands, q_blocks: tuple[int, int]) -> Float32[Array, "B N rows Sb"]:
             return antidiagonal_scores(
-                q,
-                k,
+                *operands,
                 stride=self.stride,
                 block_size=self.block_size,
                 is_causal=is_causal,
@@ -97,10 +97,8 @@ class XAttention:
 
         return select_cumulative(
             scores,
+            (jax.lax.stop_gradient(q), jax.lax.stop_gradient(k)),
             jnp.broadcast_to(threshold, (q.shape[2],)),
-            batch=q.shape[0],
-            q_len=q.shape[1],
-            kv_len=k.shape[1],
             block_size=self.block_size,
             is_causal=is_causal,
             kv_lengths=kv_lengths,

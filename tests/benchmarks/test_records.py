@@ -1,6 +1,7 @@
 """Records: what they are called, where they are kept, how runs are merged, and their tables."""
 
 import dataclasses
+import json
 import pathlib
 import subprocess
 
@@ -123,6 +124,26 @@ def test_peers_of_another_run_have_a_line_of_their_own() -> None:
     rows = [RECORD, dataclasses.replace(RECORD, peer="fa4", ours_ms=0.3)]
     marker = "<!-- table: block_sparse_forward -->\n<!-- end -->\n"
     assert tables.with_tables(marker, rows).count("| 8K p=0.05 |") == 2
+
+
+def test_memory_has_columns_where_it_was_measured() -> None:
+    rows = [
+        dataclasses.replace(RECORD, case="256K", ours_peak_gib=5.571, peer_peak_gib=5.0),
+        dataclasses.replace(RECORD, case="1024K", ours_peak_gib=21.98, peer=None, peer_ms=None),
+    ]
+    marker = "<!-- table: block_sparse_forward -->\n<!-- end -->\n"
+    cells = [line.split(" | ") for line in tables.with_tables(marker, rows).splitlines()[3:6]]
+    assert cells[0][-2:] == ["ours, GiB", "cudnn, GiB |"]
+    assert [row[-2:] for row in cells[2:]] == [["5.6", "5.0 |"]]
+    assert "| 22.0 | - |" in tables.with_tables(marker, rows)
+
+
+def test_a_record_from_before_memory_was_measured_still_loads(tmp_path: pathlib.Path) -> None:
+    records.save(tmp_path, "suite", [RECORD])
+    (entry,) = json.loads((tmp_path / PATH).read_text())
+    del entry["ours_peak_gib"], entry["peer_peak_gib"]
+    (tmp_path / PATH).write_text(json.dumps([entry]))
+    assert records.load(tmp_path / PATH) == [RECORD]
 
 
 def test_no_figures_yet() -> None:

@@ -7,7 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import block_sparse_forward, gate, records, rounds, run, timing
+from benchmarks import (
+    block_sparse_forward,
+    block_sparse_forward_backward,
+    gate,
+    measure,
+    records,
+    rounds,
+    run,
+    timing,
+    xattention,
+)
 from tests.drawing import block_matrix
 
 TOY = {"lengths": ("128",), "shape": "toy", "backend": "xla", "peers": ("xla",), "runs": 2}
@@ -23,6 +33,11 @@ def one_probability(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_sparse_forward, "PROBABILITIES", (1.0,))
 
 
+@pytest.fixture
+def one_judged_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xattention, "_SAMPLED_BLOCKS", 1)
+
+
 @pytest.mark.usefixtures("one_probability")
 def test_a_run_leaves_records(tmp_path: pathlib.Path) -> None:
     missing = run.run(("block_sparse_forward",), out=tmp_path, commit="abc", **TOY)
@@ -35,6 +50,68 @@ def test_a_run_leaves_records(tmp_path: pathlib.Path) -> None:
     assert record.max_error <= record.max_error_allowed
     assert record.peer_ms is not None
     assert record.ratio == pytest.approx(record.ours_ms / record.peer_ms, rel=1e-2)
+
+
+def test_gradients_leave_records(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_sparse_forward_backward, "PROBABILITIES", (0.25, 1.0))
+    suite = "block_sparse_forward_backward"
+    assert run.run((suite,), out=tmp_path, commit="abc", **TOY | {"lengths": ("256",)}) == 0
+    found = records.load(tmp_path / "cpu" / f"{suite}.json")
+    assert [(record.case, record.peer) for record in found] == [
+        ("256 p=0.25", "xla"),
+        ("256 p=1", "xla"),
+    ]
+    assert all(0 < record.max_error <= record.max_error_allowed for record in found)
+
+
+@pytest.mark.usefixtures("one_judged_block")
+def test_scale_leaves_times_and_memory(tmp_path: pathlib.Path) -> None:
+    assert run.run(("scale",), out=tmp_path, commit="abc", **TOY | {"lengths": ("256",)}) == 0
+    (record,) = records.load(tmp_path / "cpu" / "scale.json")
+    assert record.case == "256 stride=16 threshold=0.9 max_blocks=1024"
+    assert (record.peer, record.timer) == ("xla", "single")
+    operands_gib = 256 * 64 * 2 * (2 + 1 + 1 + 2) / 2**30  # q, k, v and out
+    assert record.ours_peak_gib is not None and record.ours_peak_gib > operands_gib
+    assert record.peer_peak_gib is not None and record.peer_peak_gib > operands_gib
+
+
+def play_prefill(
+    monkeypatch: pytest.MonkeyPatch, *, num_dropped: int = 0, dense: str | None = None
+) -> None:
+    """Prefill calls take 2 ms each and drop so many blocks; dense ones do or fail with a reason."""
+    operands = tuple(jnp.zeros((1, 256, heads, 64), jnp.bfloat16) for heads in (2, 1, 1))
+    monkeypatch.setattr(xattention, "structured_operands", lambda *_, **__: operands)
+
+    def measured(_function: object, _operands: object, judge: object, _options: object) -> object:
+        if isinstance(judge, xattention._PrefillJudge):
+            judge.num_dropped = num_dropped
+        elif dense is not None:
+            return dense
+        return measure.Measured(
+            timing=timing.Timing(runs_ms=[2.0, 2.0], queued_ms=2.0),
+            verdict=gate.Verdict(max_error=0.0, max_error_allowed=1.0),
+        )
+
+    monkeypatch.setattr(xattention, "measured_with_memory", measured)
+
+
+def test_scale_records_nothing_that_lost_blocks(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    play_prefill(monkeypatch, num_dropped=3)
+    assert run.run(("scale",), out=tmp_path, commit="abc", **TOY | {"lengths": ("256",)}) == 1
+    assert not list(tmp_path.rglob("*.json"))
+    assert "max_blocks=1024 dropped 3 blocks; raise it" in capsys.readouterr().out
+
+
+def test_a_failed_peer_leaves_our_figure_alone(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    play_prefill(monkeypatch, dense="RuntimeError: out of memory")
+    assert run.run(("scale",), out=tmp_path, commit="abc", **TOY | {"lengths": ("256",)}) == 1
+    (record,) = records.load(tmp_path / "cpu" / "scale.json")
+    assert (record.peer, record.ours_ms) == (None, 2.0)
+    assert "xla failed: RuntimeError: out of memory" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("one_probability")
@@ -129,6 +206,11 @@ def test_blocks_are_drawn_with_their_probability() -> None:
 def test_long_calls_are_queued_less_often(call_ms: float, calls: int, queues: int) -> None:
     assert rounds.calls_per_queue(call_ms) == calls
     assert rounds.queued_rounds(call_ms) == queues
+
+
+@pytest.mark.parametrize(("call_ms", "runs"), [(60.0, 10), (1000.0, 10), (4000.0, 5), (16000.0, 2)])
+def test_long_calls_are_timed_less_often(call_ms: float, runs: int) -> None:
+    assert rounds.single_runs(call_ms, 10) == runs
 
 
 def test_operands_that_fit_the_cache_are_refused() -> None:

@@ -72,3 +72,16 @@ def test_an_invisible_block_is_wrong(
     changed = keep.copy()
     changed[:, :, 0, 1] = True
     assert not is_right(operands, changed)
+
+
+def test_the_judge_of_a_prefill_counts_what_was_dropped(
+    operands: tuple[jax.Array, jax.Array],
+) -> None:
+    strategy = dataclasses.replace(STRATEGY, max_blocks=3)
+    pattern = jax.jit(strategy.select)(*operands)
+    judge = xattention._PrefillJudge(
+        q=operands[0], k=operands[1], rows=np.arange(1), judge_rows=None, strategy=strategy
+    )
+    assert not judge((operands[0], pattern)).passed
+    assert judge.num_dropped == pattern.num_dropped.sum() > 0
+    assert judge.density == pytest.approx(float(pattern.blocks.density().mean()))
