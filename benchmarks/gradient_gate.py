@@ -33,6 +33,7 @@ def judge_gradients(
     rows: Int[np.ndarray, " rows"],
     keep: Bool[np.ndarray, "N Tb Sb"],
     block_size: int,
+    further_arms: Sequence[tuple[Float[Array, "1 T N H"], Bool[np.ndarray, "N Tb Sb"]]] = (),
 ) -> gate.Verdict:
     """Compares the sampled rows of dq, dk and dv with the references.
 
@@ -42,13 +43,22 @@ def judge_gradients(
         rows: which queries, and which keys, were sampled.
         keep: the key blocks that each query block attends to.
         block_size: queries and keys per block.
+        further_arms: of each other output of the same q, k and v, its gradient and the key
+            blocks that it attends to; gradients of q, k and v are sums over the outputs.
     """
-    q, k, v, d_out = (x[0] for x in operands)
-    exact, rounded = _references(
-        q, k, v, d_out, jnp.asarray(rows), jnp.asarray(keep), block_size=block_size
-    )
+    *qkv, d_out = operands
+    arms = [
+        _references(
+            *(x[0] for x in (*qkv, d_arm)),
+            jnp.asarray(rows),
+            jnp.asarray(of_arm),
+            block_size=block_size,
+        )
+        for d_arm, of_arm in ((d_out, keep), *further_arms)
+    ]
+    exact, rounded = jax.tree.map(lambda *of_arms: sum(of_arms), *arms)
     verdicts = [
-        _verdict(*(np.asarray(x, np.float32) for x in of_one), dtype=q.dtype)
+        _verdict(*(np.asarray(x, np.float32) for x in of_one), dtype=qkv[0].dtype)
         for of_one in zip(found, exact, rounded, strict=True)
     ]
     return max(verdicts, key=_share)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.run --suite block_sparse_forward --lengths 8K 32K 128K
     python -m benchmarks.run --suite block_sparse_forward_backward --lengths 8K 32K
+    python -m benchmarks.run --suite two_arm_step --lengths 8K 32K
     python -m benchmarks.run --suite scale --lengths 256K 512K 1024K --peers cudnn
 
 On a GPU with torch and flash-attn-4 installed, FA4 is timed in a process of its own; JAX leaves it
@@ -25,6 +26,7 @@ from benchmarks import (
     decode,
     records,
     scale,
+    two_arm_step,
     xattention,
 )
 from benchmarks.measure import Options, Peer
@@ -38,6 +40,7 @@ Suite = Literal[
     "xattention_select",
     "xattention_prefill",
     "scale",
+    "two_arm_step",
 ]
 SUITES: dict[Suite, Callable[[Options, int], Iterator[records.Record | str]]] = {
     "block_sparse_forward": block_sparse_forward.run,
@@ -46,6 +49,7 @@ SUITES: dict[Suite, Callable[[Options, int], Iterator[records.Record | str]]] = 
     "xattention_select": xattention.run_select,
     "xattention_prefill": xattention.run_prefill,
     "scale": scale.run,
+    "two_arm_step": two_arm_step.run,
 }
 _NEEDS: dict[Peer, tuple[str, ...]] = {
     "fa4": ("torch", "flash_attn"),

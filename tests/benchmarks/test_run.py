@@ -64,6 +64,15 @@ def test_gradients_leave_records(tmp_path: pathlib.Path, monkeypatch: pytest.Mon
     assert all(0 < record.max_error <= record.max_error_allowed for record in found)
 
 
+def test_both_arms_leave_a_record_beside_the_full_one(tmp_path: pathlib.Path) -> None:
+    suite = "two_arm_step"
+    assert run.run((suite,), out=tmp_path, commit="abc", **TOY | {"lengths": ("256",)}) == 0
+    (record,) = records.load(tmp_path / "cpu" / f"{suite}.json")
+    assert (record.case, record.peer) == ("256 sink=64 recent=512", "full_arm")
+    assert 0 < record.max_error <= record.max_error_allowed
+    assert record.peer_ms is not None and record.density == 1
+
+
 @pytest.mark.usefixtures("one_judged_block")
 def test_scale_leaves_times_and_memory(tmp_path: pathlib.Path) -> None:
     assert run.run(("scale",), out=tmp_path, commit="abc", **TOY | {"lengths": ("256",)}) == 0

@@ -125,3 +125,27 @@ def test_bfloat16_stays_bfloat16() -> None:
     assert (out.dtype, lse.dtype) == (jnp.bfloat16, jnp.float32)
     np.testing.assert_allclose(np.asarray(out, np.float32), right, atol=2**-7)
     np.testing.assert_allclose(lse, right_lse, atol=1e-3)
+
+
+def test_gradients_that_cancel_do_in_bfloat16() -> None:
+    """A query that sees one key has gradient 0, whatever digits its output's gradient lost."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 8, 2, H)), jnp.bfloat16) for _ in range(3))
+    weights = [jnp.asarray(rng.normal(size=q.shape), jnp.float32) for _ in range(2)]
+    blocks = np.ones((1, 1, 2, 2), bool)
+
+    @jax.jit
+    def d_q(q: jax.Array, k: jax.Array, v: jax.Array, weights: list[jax.Array]) -> jax.Array:
+        def loss(q: jax.Array) -> jax.Array:
+            arms = both_arms(blocks, jnp.asarray(blocks), q, k, v)
+            terms = (
+                weight * out.astype(jnp.float32)
+                for weight, (out, _) in zip(weights, arms, strict=True)
+            )
+            return jnp.sum(sum(terms))
+
+        return jax.grad(loss)(q)
+
+    gradient = np.abs(np.asarray(d_q(q, k, v, weights), np.float32)).max(axis=(0, 2, 3))
+    assert gradient[0] < 1e-6
+    assert (gradient[1:] > 1e-2).all()
