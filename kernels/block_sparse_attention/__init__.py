@@ -2,19 +2,19 @@
 
 Query i stands at position p = i + S - T. With L = kv_lengths[b] (S by default), key j of a listed
 block is visible to query i iff j < L; if causal, j <= p and p < L; with segment ids, those of
-j and p agree. A query that sees nothing has output 0, log-sum-exp -inf and gradient 0.
+j and p agree; in a head with a window, j < sink or j > p - recent. A query that sees nothing has
+output 0, log-sum-exp -inf and gradient 0.
 
 Source: FlashAttention-2 (arXiv:2307.08691) over the block lists of Block-Sparse-Attention
 (Guo et al., 2024).
 """
 
-import dataclasses
-import functools
 from collections.abc import Mapping
 
-import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
+from sparseattn_jax.kernels.attention_gradients import attend
 from sparseattn_jax.kernels.backends import (
     Backend,
     Implementation,
@@ -49,6 +49,7 @@ def block_sparse_attention(
     scale: float,
     kv_lengths: Int32[Array, " B"] | None = None,
     segment_ids: Int32[Array, "B S"] | None = None,
+    windows: Int32[Array, "2 N"] | None = None,
     backend: Backend | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]:
     """Attends to the listed blocks; differentiable in q, k and v.
@@ -66,6 +67,11 @@ def block_sparse_attention(
         kv_lengths: valid keys of each sequence, by default all. What follows in k and v is
             padding, which may hold any finite value.
         segment_ids: per key position; a query sees keys of its own segment only.
+        windows: the sink size of each query head, then the recent size of each: of the listed
+            keys a query sees only the first `sink` of the sequence and the last `recent` up to
+            its own, that one included. A head whose recent size is S has no window. Full,
+            block-sparse and streaming heads are one call: full ones list every block, streaming
+            ones those of their sinks and windows.
         backend: what runs, forward and backward; by default the best forward, and `xla` backward.
             The last bits of q's gradient by `mosaic_sm90` may differ from run to run; those of
             `xla` never do.
@@ -74,8 +80,16 @@ def block_sparse_attention(
         The output in q's dtype, and the natural log-sum-exp of the scaled logits.
 
     Raises:
+        ValueError: windows without is_causal.
         UnsupportedError: the named backend cannot run this call.
     """
+    if windows is not None:
+        if not is_causal:
+            raise ValueError(
+                "is_causal=False: windows look back from each query; "
+                "pass is_causal=True, or windows=None"
+            )
+        windows = jnp.clip(windows, 0, k.shape[1])
     facts = CallFacts(
         device=device_facts(q, k, v),
         dtype=q.dtype,
@@ -84,50 +98,12 @@ def block_sparse_attention(
         block_kv=block_kv,
         has_segment_ids=segment_ids is not None,
     )
-    call = _Call(
-        forward=choose(_FORWARD, backend, facts),
-        backward=choose(_BACKWARD, backend, facts),
+    return attend(
+        choose(_FORWARD, backend, facts),
+        choose(_BACKWARD, backend, facts),
+        *(q, k, v, kv_indices, kv_num_blocks, kv_lengths, segment_ids, windows),
         block_q=block_q,
         block_kv=block_kv,
         is_causal=is_causal,
         scale=scale,
     )
-    return _attend(call, q, k, v, kv_indices, kv_num_blocks, kv_lengths, segment_ids)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """The static part of a call."""
-
-    forward: Implementation[CallFacts]
-    backward: Implementation[CallFacts]
-    block_q: int
-    block_kv: int
-    is_causal: bool
-    scale: float
-
-    def options(self) -> dict[str, int | bool | float]:
-        return {
-            "block_q": self.block_q,
-            "block_kv": self.block_kv,
-            "is_causal": self.is_causal,
-            "scale": self.scale,
-        }
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(call: _Call, *operands: Array | None) -> tuple[Array, Array]:
-    return call.forward.run(*operands, **call.options())
-
-
-def _attend_fwd(call: _Call, *operands: Array | None) -> tuple[tuple[Array, Array], tuple]:
-    out, lse = _attend(call, *operands)  # pyright: ignore[reportGeneralTypeIssues]
-    return (out, lse), (*operands, out, lse)
-
-
-def _attend_bwd(call: _Call, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
-    d_q, d_k, d_v = call.backward.run(*residuals, *cotangents, **call.options())
-    return d_q, d_k, d_v, None, None, None, None
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)

@@ -36,6 +36,9 @@ _LN_2 = math.log(2.0)
 # weights up to 256 lose no accuracy, and the output is rescaled seldom.
 _SLACK = 8.0
 
+# Of the scores of a tile.
+type _Mask = Callable[[jax.Array], jax.Array]
+
 
 def refusal(facts: tiling.CallFacts) -> str | None:
     """Why this kernel cannot take a call with these facts; None if it can."""
@@ -58,6 +61,7 @@ def run(
     kv_num_blocks: Int32[Array, "B #N Tb"],
     kv_lengths: Int32[Array, " B"] | None,
     segment_ids: None,
+    windows: Int32[Array, "2 N"] | None,
     *,
     block_q: int,
     block_kv: int,
@@ -104,7 +108,7 @@ def run(
         thread_name="warpgroup",
         kernel_name="block_sparse_attention",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-    )(q, k, v, kv_indices, kv_num_blocks, lengths, order)
+    )(q, k, v, kv_indices, kv_num_blocks, lengths, windows, order)
     return out[:, :T], jnp.swapaxes(lse, 1, 2)[:, :T]
 
 
@@ -168,6 +172,7 @@ class _Gmem(NamedTuple):
     indices: Any
     counts: Any
     lengths: Any
+    windows: Any
     order: Any
     out: Any
     lse: Any
@@ -202,6 +207,18 @@ class _Tile(NamedTuple):
     kv_length: jax.Array
     first: jax.Array
     second: jax.Array
+
+
+class Window(NamedTuple):
+    """What a head's queries see of the listed keys: see the op's `windows`."""
+
+    sink: jax.Array
+    recent: jax.Array
+
+    @classmethod
+    def of(cls, windows_gmem: Any, head: jax.Array) -> "Window | None":
+        """The window of a head; None where the call has none."""
+        return None if windows_gmem is None else cls(windows_gmem[0, head], windows_gmem[1, head])
 
 
 class _Softmax(NamedTuple):
@@ -313,18 +330,19 @@ class _Worker:
 
         def compute_tile(round_: jax.Array, tile: _Tile, step: jax.Array) -> jax.Array:
             q_step = round_ * config.warpgroups + warpgroup
+            window = Window.of(self.gmem.windows, tile.head)
             self.q.wait(q_step)
             row0 = tile.block * self.call.block_q + warpgroup * WARPGROUP_ROWS
             if config.queries_in_registers:
                 queries = plgpu.load(self.q.tile(q_step), layout=_MATRIX)
                 plgpu.commit_smem()  # or the next copy there could overtake this read
                 self.q.free(q_step)
-                rows = _Rows(self, tile, row0, lambda: queries)
+                rows = _Rows(self, tile, window, row0, lambda: queries)
                 out_tile = out_smem.at[self.in_cta * config.warpgroups + warpgroup]
             else:
                 # Opaque, or the compiler keeps the addresses of all 16 parts in registers.
                 rows = _Rows(
-                    self, tile, row0, lambda: self.q.tile(lax.optimization_barrier(q_step))
+                    self, tile, window, row0, lambda: self.q.tile(lax.optimization_barrier(q_step))
                 )
                 out_tile = self.q.tile(q_step)
             acc, state, steps = rows.attend(step)
@@ -410,11 +428,13 @@ class _Rows:
     """The attention of 64 query rows, by one computing warpgroup.
 
     Keys are visible below a limit per row, so that in an ascending list the tiles that every row
-    sees whole come first, then those that need a mask, then those that no row sees.
+    sees whole come first, then those that need a mask, then those that no row sees. With a window
+    the end of the sinks and its left edge cut tiles too: there each tile is asked.
     """
 
     worker: _Worker
     tile: _Tile
+    window: Window | None
     row0: jax.Array
     queries: Callable[[], Any]
 
@@ -436,29 +456,41 @@ class _Rows:
         def more_unmasked(j: jax.Array, start: jax.Array, *_: Any) -> jax.Array:
             return (j < tile.steps) & (start + self.call.config.kv_tile <= full_end)
 
+        def is_partial(start: jax.Array) -> jax.Array:
+            past_full = start + self.call.config.kv_tile > full_end
+            window = self.window
+            return past_full if window is None else past_full | self._is_cut(window, start)
+
+        def mask_if_partial(start: jax.Array) -> _Mask:
+            partial, mask = is_partial(start), functools.partial(self._mask, start)
+            return lambda scores: lax.cond(partial, mask, lambda scores: scores, scores)
+
+        def always_mask(start: jax.Array) -> _Mask:
+            return functools.partial(self._mask, start)
+
         def wait_for_keys(j: jax.Array, start: jax.Array) -> None:
             @pl.when(more(j, start))
             def _wait():
                 worker.k.wait(step + j)
 
-        def advance(mask: Callable[..., jax.Array] | None, carry: Any) -> Any:
+        def advance(mask: Callable[[jax.Array], _Mask] | None, carry: Any) -> Any:
             j, start, values, decay, softmax, weights = carry
             following = worker._kv_start(tile, j + 1)
             before_values = functools.partial(wait_for_keys, j + 1, following)
-            mask_here = mask and functools.partial(mask, start)
+            mask_here = None if mask is None else mask(start)
             state = self._step(step + j, values, decay, softmax, weights, mask_here, before_values)
             return j + 1, following, *state
 
         def some() -> tuple[Any, ...]:
-            softmax, weights = self._first_step(step, tile.first, tile.first + kv_tile > full_end)
+            softmax, weights = self._first_step(step, mask_if_partial(tile.first))
             wait_for_keys(jnp.int32(1), tile.second)
             carry = (jnp.int32(1), tile.second, no_values, mosaic.row_vector(1.0), softmax, weights)
-            carry = lax.while_loop(
-                lambda c: more_unmasked(*c), functools.partial(advance, None), carry
-            )
-            carry = lax.while_loop(
-                lambda c: more(*c), functools.partial(advance, self._mask), carry
-            )
+            if self.window is None:
+                carry = lax.while_loop(
+                    lambda c: more_unmasked(*c), functools.partial(advance, None), carry
+                )
+            mask = always_mask if self.window is None else mask_if_partial
+            carry = lax.while_loop(lambda c: more(*c), functools.partial(advance, mask), carry)
             j, _, values, decay, softmax, weights = carry
             values = _shrink(values, decay)
             return self._last_values(step + j - 1, values, weights), softmax, j
@@ -470,7 +502,6 @@ class _Rows:
                 jnp.int32(0),
             )
 
-        kv_tile = self.call.config.kv_tile
         visible = more(jnp.int32(0), tile.first)
         return lax.cond(visible, some, none)
 
@@ -487,7 +518,7 @@ class _Rows:
         plgpu.copy_smem_to_gmem(out_tile, gmem.out.at[self.tile.batch, rows, self.tile.head])
         gmem.lse[self.tile.batch, self.tile.head, rows] = reference * _LN_2 + jnp.log(total)
 
-    def _first_step(self, step: jax.Array, start: jax.Array, partial: jax.Array):
+    def _first_step(self, step: jax.Array, mask: _Mask):
         """Softmax state and weights of a list's first tile."""
         k = self.worker.k
 
@@ -498,8 +529,7 @@ class _Rows:
 
         scores = pl.run_scoped(products, self._scores_acc())
         k.free(step)
-        mask = functools.partial(self._mask, start)
-        scores = lax.cond(partial, mask, lambda scores: scores, scores)
+        scores = mask(scores)
         empty = _Softmax(mosaic.row_vector(-jnp.inf), mosaic.row_vector(0.0))
         softmax, weights, _ = self._softmax(empty, scores, may_be_empty=True)
         return softmax, weights.astype(self._dtype)
@@ -511,7 +541,7 @@ class _Rows:
         decay: jax.Array,
         softmax: _Softmax,
         weights: jax.Array,
-        mask: Callable[[jax.Array], jax.Array] | None,
+        mask: _Mask | None,
         before_values: Callable[[], None],
     ) -> tuple[jax.Array, jax.Array, _Softmax, jax.Array]:
         """The scores and softmax of this tile, the weighted values of the tile before.
@@ -576,16 +606,28 @@ class _Rows:
         last = jnp.minimum(first + WARPGROUP_ROWS, call.kv_len) - 1
         return jnp.where(last < kv_length, first + 1, 0)
 
+    def _is_cut(self, window: Window, start: jax.Array) -> jax.Array:
+        """Whether the window hides a key of a tile from some row."""
+        last = self.row0 + (WARPGROUP_ROWS - 1 + self.call.kv_len - self.call.q_len)
+        return (start + self.call.config.kv_tile > window.sink) & (start <= last - window.recent)
+
     def _mask(self, start: jax.Array, scores: jax.Array) -> jax.Array:
         """`scores`, -inf at the keys that a row does not see."""
-        call = self.call
+        call, shape = self.call, scores.shape
         limit = self.tile.kv_length
-        if call.is_causal:
-            row = plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=_ROWS)
-            position = row + (self.row0 + call.kv_len - call.q_len)
-            limit = jnp.where(position < limit, position + 1, 0)
-            limit = lax.broadcast_in_dim(limit, scores.shape, [0])
-        return jnp.where(mosaic.columns_before(scores.shape, limit - start), scores, -jnp.inf)
+        if not call.is_causal:
+            return jnp.where(mosaic.columns_before(shape, limit - start), scores, -jnp.inf)
+        row = plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=_ROWS)
+        position = row + (self.row0 + call.kv_len - call.q_len)
+        limit = jnp.where(position < limit, position + 1, 0)
+        limit = lax.broadcast_in_dim(limit, shape, [0])
+        scores = jnp.where(mosaic.columns_before(shape, limit - start), scores, -jnp.inf)
+        if self.window is None:
+            return scores
+        sink, recent = self.window
+        left = lax.broadcast_in_dim(position + (1 - start - recent), shape, [0])
+        in_window = jnp.where(mosaic.columns_before(shape, left), -jnp.inf, scores)
+        return jnp.where(mosaic.columns_before(shape, sink - start), scores, in_window)
 
     @property
     def _dtype(self) -> jnp.dtype:

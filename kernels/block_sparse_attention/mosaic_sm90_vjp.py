@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from sparseattn_jax.kernels import block_lists, mosaic
 from sparseattn_jax.kernels.backends import multiprocessors
 from sparseattn_jax.kernels.block_sparse_attention import mosaic_sm90, tiling
+from sparseattn_jax.kernels.block_sparse_attention.mosaic_sm90 import Window
 from sparseattn_jax.kernels.mosaic import WARPGROUP_ROWS, Ring
 
 _MATRIX = plgpu.Layout.WGMMA
@@ -54,6 +55,7 @@ def run(
     kv_num_blocks: Int32[Array, "B #N Tb"],
     kv_lengths: Int32[Array, " B"] | None,
     segment_ids: None,
+    windows: Int32[Array, "2 N"] | None,
     out: Float[Array, "B T N H"],
     lse: Float32[Array, "B T N"],
     d_out: Float[Array, "B T N H"],
@@ -114,7 +116,10 @@ def run(
             # No thread reads what it writes to shared memory: products and copies do.
             unsafe_no_auto_barriers=True,
         ),
-    )(q, k, v, d_out, statistics, q_indices, q_counts.reshape(-1), lengths, *plan, counter, d_q)
+    )(
+        *(q, k, v, d_out, statistics, q_indices, q_counts.reshape(-1), lengths, windows),
+        *(*plan, counter, d_q),
+    )
     d_k, d_v = _with_long_lists(d_k, d_v, pieces, plan, call)
     return (d_q[:, :T] * scale).astype(q.dtype), d_k[:, :S], d_v[:, :S]
 
@@ -299,6 +304,7 @@ class _Gmem(NamedTuple):
     indices: Any
     counts: Any
     lengths: Any
+    windows: Any
     order: Any
     length: Any
     long_tiles: Any
@@ -689,6 +695,7 @@ class _Steps:
         """Writes dS to shared memory; P too, or else begins its product."""
         warpgroup, cta, smem = self.warpgroup, self.warpgroup.cta, self.warpgroup.smem
         config, step = self.call.config, self.step + i
+        is_cut = self._is_cut(queries)
         q_columns = warpgroup._q_columns
         stage = lax.rem(step, jnp.int32(2))
         cta.d_out.wait(step)
@@ -704,7 +711,7 @@ class _Steps:
                 def _free_the_queries_before():
                     cta.q.free(step - 1)
 
-            weights = self._weights(scores, queries, statistics)
+            weights = self._weights(scores, queries, is_cut, statistics)
             rounded = weights.astype(d_out.dtype)
             if config.splits_keys:
                 plgpu.wgmma(self.d_v_acc, rounded, d_out)
@@ -742,7 +749,13 @@ class _Steps:
 
         return pl.run_scoped(products, mosaic.accumulator(d_q_columns.size))
 
-    def _weights(self, scores: jax.Array, queries: _Queries, statistics: Any) -> jax.Array:
+    def _weights(
+        self,
+        scores: jax.Array,
+        queries: _Queries,
+        is_cut: jax.Array | None,
+        statistics: Any,
+    ) -> jax.Array:
         """P from S, zero where a query does not see the key."""
         warpgroup = self.warpgroup
         lse = plgpu.load(statistics.at[0, warpgroup._q_columns], layout=_COLUMNS)
@@ -752,11 +765,33 @@ class _Steps:
         is_partial = key0 + WARPGROUP_ROWS > self.tile.kv_length
         if self.call.is_causal:
             is_partial |= position0 < key0 + WARPGROUP_ROWS - 1
-        mask = functools.partial(self._mask, key0, position0)
+        if is_cut is not None:
+            is_partial |= is_cut
+        mask = functools.partial(self._mask, key0, position0, queries)
         scores = lax.cond(is_partial, mask, lambda scores: scores, scores)
         return jnp.exp2(scores * (self.call.scale * _LOG2_E) - lse)
 
-    def _mask(self, key0: jax.Array, position0: jax.Array, scores: jax.Array) -> jax.Array:
+    def _window(self, queries: _Queries) -> Window | None:
+        return Window.of(self.warpgroup.cta.gmem.windows, queries.head)
+
+    def _is_cut(self, queries: _Queries) -> jax.Array | None:
+        """Whether the window hides a key from some query; None where the call has none."""
+        window = self._window(queries)
+        if window is None:
+            return None
+        q_columns = self.warpgroup._q_columns
+        key0 = self.tile.key0 + self.warpgroup._keys.start
+        first = queries.row0 + q_columns.start + self.call.kv_len - self.call.q_len
+        last = first + (q_columns.size - 1)
+        return (key0 + WARPGROUP_ROWS > window.sink) & (key0 <= last - window.recent)
+
+    def _mask(
+        self,
+        key0: jax.Array,
+        position0: jax.Array,
+        queries: _Queries,
+        scores: jax.Array,
+    ) -> jax.Array:
         """`scores`, -inf at the keys that a query does not see."""
         key = plgpu.broadcasted_iota(jnp.int32, scores.shape[:1], 0, layout=_ROWS)
         keys_left = self.tile.kv_length - key0
@@ -766,7 +801,16 @@ class _Steps:
         # The first query that sees the key; none of a tile comes up to its width.
         first = jnp.where(key < keys_left, key + (key0 - position0), scores.shape[1])
         first = lax.broadcast_in_dim(first, scores.shape, [0])
-        return jnp.where(mosaic.columns_before(scores.shape, first), -jnp.inf, scores)
+        scores = jnp.where(mosaic.columns_before(scores.shape, first), -jnp.inf, scores)
+        # Read again: kept from `_is_cut` on, it would take registers that there are not.
+        window = self._window(queries)
+        if window is None:
+            return scores
+        # The first query that does not see the key any more; none of a tile for a sink.
+        end = key + (key0 - position0 + window.recent)
+        end = jnp.where(key < window.sink - key0, scores.shape[1], end)
+        end = lax.broadcast_in_dim(end, scores.shape, [0])
+        return jnp.where(mosaic.columns_before(scores.shape, end), scores, -jnp.inf)
 
     def _add(self, d_q: jax.Array, queries: _Queries) -> None:
         """Adds to dq in global memory; rows past the end fall away."""

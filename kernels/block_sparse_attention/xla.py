@@ -25,6 +25,7 @@ def run(
     kv_num_blocks: Int32[Array, "B #N Tb"],
     kv_lengths: Int32[Array, " B"] | None,
     segment_ids: Int32[Array, "B S"] | None,
+    windows: Int32[Array, "2 N"] | None,
     *,
     block_q: int,
     block_kv: int,
@@ -32,7 +33,9 @@ def run(
     scale: float,
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]:
     """Output and log-sum-exp; the arguments are those of the op."""
-    tiles = _Tiles.of(q, k, v, kv_lengths, segment_ids, block_q, block_kv, is_causal, scale)
+    tiles = _Tiles.of(
+        q, k, v, kv_lengths, segment_ids, windows, block_q, block_kv, is_causal, scale
+    )
     indices, counts = _per_head(kv_indices, kv_num_blocks, q.shape[2])
 
     def attend(q_block: Array) -> tuple[Array, Array]:
@@ -77,6 +80,7 @@ def run_vjp(
     kv_num_blocks: Int32[Array, "B #N Tb"],
     kv_lengths: Int32[Array, " B"] | None,
     segment_ids: Int32[Array, "B S"] | None,
+    windows: Int32[Array, "2 N"] | None,
     out: Float[Array, "B T N H"],
     lse: Float32[Array, "B T N"],
     d_out: Float[Array, "B T N H"],
@@ -88,7 +92,9 @@ def run_vjp(
     scale: float,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """Gradients of q, k and v, deterministic: no two rows ever add to the same place."""
-    tiles = _Tiles.of(q, k, v, kv_lengths, segment_ids, block_q, block_kv, is_causal, scale)
+    tiles = _Tiles.of(
+        q, k, v, kv_lengths, segment_ids, windows, block_q, block_kv, is_causal, scale
+    )
     indices, counts = _per_head(kv_indices, kv_num_blocks, q.shape[2])
     num_q_blocks, num_kv_blocks = tiles.q.shape[2], tiles.k.shape[2]
     q_indices, q_counts = block_lists.transpose(indices, counts, num_kv_blocks)
@@ -156,6 +162,7 @@ class _Tiles:
     v: Array
     kv_lengths: Array | None
     segment_ids: Array | None
+    windows: Array | None
     kv_len: int
     offset: int
     is_causal: bool
@@ -169,6 +176,7 @@ class _Tiles:
         v: Array,
         kv_lengths: Array | None,
         segment_ids: Array | None,
+        windows: Array | None,
         block_q: int,
         block_kv: int,
         is_causal: bool,
@@ -180,6 +188,7 @@ class _Tiles:
             v=_to_blocks(v, block_kv),
             kv_lengths=kv_lengths,
             segment_ids=segment_ids,
+            windows=windows,
             kv_len=k.shape[1],
             offset=k.shape[1] - q.shape[1],
             is_causal=is_causal,
@@ -223,6 +232,9 @@ class _Tiles:
             visible = visible & (columns <= rows) & (rows < lengths)
         if self.segment_ids is not None:
             visible = visible & (self._segments(rows) == self._segments(columns))
+        if self.windows is not None:
+            sink, recent = self.windows[:, None, :, None, None]
+            visible = visible & ((columns < sink) | (columns > rows - recent))
         return visible
 
     def _segments(self, positions: Int32[Array, "#B #N q k"]) -> Int32[Array, "B #N q k"]:

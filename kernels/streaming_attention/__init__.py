@@ -13,28 +13,29 @@ Source: StreamingLLM (arXiv:2309.17453), with the exact streaming mask of Block-
 (Guo et al., 2024).
 """
 
-import dataclasses
-import functools
 from collections.abc import Mapping
 
-import jax
 from jaxtyping import Array, Float, Float32, Int32
 
+from sparseattn_jax.kernels.attention_gradients import attend
 from sparseattn_jax.kernels.backends import (
     Backend,
-    DeviceFacts,
     Implementation,
     choose,
     device_facts,
     never_refuses,
 )
-from sparseattn_jax.kernels.streaming_attention import xla
+from sparseattn_jax.kernels.streaming_attention import mosaic_sm90, xla
+from sparseattn_jax.kernels.streaming_attention.tiling import CallFacts
 
-_FORWARD: Mapping[Backend, Implementation[DeviceFacts]] = {
+_FORWARD: Mapping[Backend, Implementation[CallFacts]] = {
     "xla": Implementation(xla.run, never_refuses),
+    # Last, so by name only, until it has been seen to run on a GPU.
+    "mosaic_sm90": Implementation(mosaic_sm90.run, mosaic_sm90.refusal),
 }
-_BACKWARD: Mapping[Backend, Implementation[DeviceFacts]] = {
+_BACKWARD: Mapping[Backend, Implementation[CallFacts]] = {
     "xla": Implementation(xla.run_vjp, never_refuses),
+    "mosaic_sm90": Implementation(mosaic_sm90.run_vjp, mosaic_sm90.refusal),
 }
 
 
@@ -68,7 +69,8 @@ def streaming_attention(
         kv_lengths: valid keys of each sequence, by default all. What follows in k and v is
             padding, which may hold any finite value.
         scale: factor of the logits, by default H ** -0.5.
-        backend: what runs, forward and backward; by default the best that can.
+        backend: what runs, forward and backward; by default `xla`. The last bits of q's gradient
+            by `mosaic_sm90` may differ from run to run; those of `xla` never do.
 
     Returns:
         The output in q's dtype, and the natural log-sum-exp of the scaled logits.
@@ -78,15 +80,15 @@ def streaming_attention(
         UnsupportedError: the named backend cannot run this call.
     """
     _check(sink_size, recent_size, q_len=q.shape[1], kv_len=k.shape[1])
-    facts = device_facts(q, k, v)
-    call = _Call(
-        forward=choose(_FORWARD, backend, facts),
-        backward=choose(_BACKWARD, backend, facts),
+    facts = CallFacts(device=device_facts(q, k, v), dtype=q.dtype, head_dim=q.shape[3])
+    return attend(
+        choose(_FORWARD, backend, facts),
+        choose(_BACKWARD, backend, facts),
+        *(q, k, v, sink_sizes, recent_sizes, kv_lengths),
         sink_size=sink_size,
         recent_size=recent_size,
         scale=q.shape[3] ** -0.5 if scale is None else scale,
     )
-    return _attend(call, q, k, v, sink_sizes, recent_sizes, kv_lengths)
 
 
 def _check(sink_size: int, recent_size: int, *, q_len: int, kv_len: int) -> None:
@@ -102,39 +104,3 @@ def _check(sink_size: int, recent_size: int, *, q_len: int, kv_len: int) -> None
             f"q has {q_len} tokens and k only {kv_len}: the last query stands at the last key; "
             "pass no more queries than keys"
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """The static part of a call."""
-
-    forward: Implementation[DeviceFacts]
-    backward: Implementation[DeviceFacts]
-    sink_size: int
-    recent_size: int
-    scale: float
-
-    def options(self) -> dict[str, int | float]:
-        return {
-            "sink_size": self.sink_size,
-            "recent_size": self.recent_size,
-            "scale": self.scale,
-        }
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(call: _Call, *operands: Array | None) -> tuple[Array, Array]:
-    return call.forward.run(*operands, **call.options())
-
-
-def _attend_fwd(call: _Call, *operands: Array | None) -> tuple[tuple[Array, Array], tuple]:
-    out, lse = _attend(call, *operands)  # pyright: ignore[reportGeneralTypeIssues]
-    return (out, lse), (*operands, out, lse)
-
-
-def _attend_bwd(call: _Call, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
-    d_q, d_k, d_v = call.backward.run(*residuals, *cotangents, **call.options())
-    return d_q, d_k, d_v, None, None, None
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)

@@ -14,7 +14,10 @@ from sparseattn_jax.kernels import block_lists
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """A call: T queries at the end of S keys, N query heads on K key/value heads of size H."""
+    """A call: T queries at the end of S keys, N query heads on K key/value heads of size H.
+
+    `windows` are the sink sizes of the heads, then their recent sizes.
+    """
 
     dtype: str = "bfloat16"
     H: int = 128
@@ -29,6 +32,7 @@ class Case:
     shared: bool = False
     density: float = 0.5
     lengths: tuple[int, ...] | None = None
+    windows: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     def __str__(self) -> str:
         names = [f"{self.dtype}-H{self.H}-{self.block_q}x{self.block_kv}-N{self.N}K{self.K}"]
@@ -36,6 +40,8 @@ class Case:
         names.append("causal" if self.is_causal else "full")
         names += ["shared"] * self.shared + [f"density{self.density}"]
         names += [] if self.lengths is None else ["lengths" + "_".join(map(str, self.lengths))]
+        for name, sizes in zip(("sinks", "recents"), self.windows or (), strict=False):
+            names.append(name + "_".join(map(str, sizes)))
         return "-".join(names)
 
     @property
@@ -83,11 +89,30 @@ def call(
         *block_lists.from_dense(given.blocks),
         given.kv_lengths,
         None,
+        window_array(case),
         block_q=case.block_q,
         block_kv=case.block_kv,
         is_causal=case.is_causal,
         scale=case.scale,
     )
+
+
+def window_array(case: Case) -> jax.Array | None:
+    return None if case.windows is None else jnp.asarray(case.windows, jnp.int32)
+
+
+def seen(case: Case, blocks: jax.Array, lengths: jax.Array) -> jax.Array:
+    """[B, N, T, S] bool: which keys each query sees."""
+    tokens = jnp.repeat(jnp.repeat(blocks, case.block_q, axis=2), case.block_kv, axis=3)
+    position = jnp.arange(case.T)[:, None] + case.S - case.T
+    key = jnp.arange(case.S)[None]
+    end = jnp.reshape(lengths, (-1, 1, 1))
+    causal = (key <= position)[None] & (position[None] < end) if case.is_causal else True
+    visible = tokens[:, :, : case.T, : case.S] & (causal & (key[None] < end))[:, None]
+    if case.windows is None:
+        return visible
+    sinks, recents = jnp.asarray(case.windows)[:, :, None, None]
+    return visible & ((key[None] < sinks) | (key[None] > position[None] - recents))[None]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -98,15 +123,11 @@ def dense(case: Case, given: tuple[jax.Array, ...], same_precision: bool):
     scores = jnp.einsum(
         "btnh,bsnh->bnts", q.astype(jnp.float32), k, precision=lax.Precision.HIGHEST
     )
-    tokens = jnp.repeat(jnp.repeat(blocks, case.block_q, axis=2), case.block_kv, axis=3)
-    position = jnp.arange(case.T)[:, None] + case.S - case.T
-    key = jnp.arange(case.S)[None]
-    end = jnp.reshape(lengths, (-1, 1, 1))
-    causal = (key <= position)[None] & (position[None] < end) if case.is_causal else True
-    seen = tokens[:, :, : case.T, : case.S] & (causal & (key[None] < end))[:, None]
-    scores = jnp.where(seen, scores * case.scale, -jnp.inf)
+    visible = seen(case, blocks, lengths)
+    scores = jnp.where(visible, scores * case.scale, -jnp.inf)
     lse = jax.nn.logsumexp(scores, axis=-1)
-    weights = jnp.where(seen, jnp.exp(scores - jnp.where(jnp.isinf(lse), 0.0, lse)[..., None]), 0.0)
+    shift = jnp.where(jnp.isinf(lse), 0.0, lse)[..., None]
+    weights = jnp.where(visible, jnp.exp(scores - shift), 0.0)
     if same_precision:
         weights = weights.astype(case.dtype).astype(jnp.float32)
     out = jnp.einsum("bnts,bsnh->btnh", weights, v, precision=lax.Precision.HIGHEST)

@@ -5,8 +5,16 @@ import pytest
 
 from tests.kernels.block_sparse_attention import programs
 
+# What windows add is the same for every choice of tiles.
+LOWERED = [
+    pytest.param(name, marks=pytest.mark.full)
+    if name.endswith("windows") and "H128-128x128" not in name
+    else name
+    for name in programs.PROGRAMS
+]
 
-@pytest.mark.parametrize("name", programs.PROGRAMS)
+
+@pytest.mark.parametrize("name", LOWERED)
 def test_lowers_for_cuda(name: str):
     """Layouts agree and shared memory suffices."""
     function, arguments = programs.PROGRAMS[name]

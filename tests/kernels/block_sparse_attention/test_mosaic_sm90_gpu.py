@@ -10,6 +10,13 @@ import pytest
 
 from sparseattn_jax.kernels.block_sparse_attention import mosaic_sm90
 from tests.kernels.block_sparse_attention.cases import Case, assert_right, call, operands
+from tests.kernels.block_sparse_attention.test_windows import (
+    MIXED,
+    head_alone,
+    mixed_blocks,
+    of_head,
+)
+from tests.kernels.block_sparse_attention.vjp_cases import vjp_operands
 
 pytestmark = pytest.mark.gpu
 
@@ -27,6 +34,8 @@ OPTIONS = [
     Case(N=4, K=2, T=2048, S=2048, density=1.0),
     Case(N=32, K=8, T=1536, S=1536, density=0.2),
     Case(N=2, K=1, B=3, T=500, S=500, density=1.0, lengths=(500, 1, 0), is_causal=False),
+    Case(N=4, K=2, T=1024, S=1024, windows=((0, 64, 300, 1), (1024, 128, 0, 1))),
+    Case(N=3, K=1, B=2, T=333, S=901, lengths=(901, 500), windows=((5, 0, 70), (65, 901, 200))),
 ]
 
 CASES = [
@@ -59,4 +68,15 @@ def test_an_unlisted_block_is_never_used():
     )
     expected = call(mosaic_sm90.run, case, given)
     for one, other in zip(call(mosaic_sm90.run, case, poisoned), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("head", [0, 1], ids=["full", "block-sparse"])
+def test_a_head_without_a_window_is_what_it_is_alone(head: int):
+    given = vjp_operands(MIXED, mixed_blocks())
+    case, alone = head_alone(head, given)
+    on_gpu = jax.device_put((given.forward, alone.forward), jax.devices()[0])
+    found = call(mosaic_sm90.run, MIXED, on_gpu[0])
+    expected = call(mosaic_sm90.run, case, on_gpu[1])
+    for one, other in zip(of_head(head, found), expected, strict=True):
         np.testing.assert_array_equal(one, other)

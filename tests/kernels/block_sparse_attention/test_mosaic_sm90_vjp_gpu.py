@@ -31,6 +31,8 @@ OPTIONS = [
     Case(dtype="float16", N=4, K=1, B=3, T=300, S=300, density=1.0, lengths=(300, 1, 0)),
     Case(N=4, K=1, T=515, S=515, density=0.0, shared=True),
     Case(N=2, K=1, T=10, S=130, density=1.0, is_causal=False, shared=True),
+    Case(N=4, K=2, T=1024, S=1024, windows=((0, 64, 300, 1), (1024, 128, 0, 1))),
+    Case(N=3, K=1, B=2, T=333, S=901, lengths=(901, 500), windows=((5, 0, 70), (65, 901, 200))),
 ]
 
 CASES = [

@@ -1,6 +1,7 @@
 """The xla implementation and its gradients against the float64 oracle."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ import pytest
 
 from sparseattn_jax.kernels import block_lists
 from sparseattn_jax.kernels.block_sparse_attention import block_sparse_attention, xla
+from sparseattn_jax.kernels.streaming_attention import streaming_attention
 from tests.oracles import attention as oracle
+from tests.oracles import streaming
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,7 @@ class Case:
     density: float = 0.5
     lengths: tuple[int, ...] | None = None
     segments: bool = False
+    windows: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     def __str__(self) -> str:
         default = Case()
@@ -50,6 +54,9 @@ CASES = [
     Case(B=3, lengths=(13, 6, 0)),
     Case(B=2, lengths=(7, 13), is_causal=False, S=17),
     Case(B=2, T=6, segments=True, density=0.8),
+    Case(B=2, N=6, K=2, S=19, block_kv=8, windows=((1,) * 6, (4, 7, 30, 0, 1, 6))),
+    Case(N=3, K=1, T=9, S=14, shared=True, density=0.8, windows=((9, 99, -1), (-2, 99, 3))),
+    Case(B=2, lengths=(13, 6), segments=True, windows=((2, 0, 6, 1), (3, 6, 1, 9))),
 ]
 
 
@@ -77,6 +84,10 @@ def kept_pairs(case: Case, blocks: np.ndarray, lengths, segments) -> np.ndarray:
     )
     blocks = np.broadcast_to(blocks, (case.B, case.N, *blocks.shape[2:]))
     listed = oracle.listed_pairs(blocks, case.T, case.S, case.block_q, case.block_kv)
+    if case.windows is not None:
+        sinks, recents = case.windows
+        sizes = {"sink_sizes": sinks, "recent_sizes": recents}
+        listed = listed & streaming.visible_pairs(case.B, case.T, case.S, **sizes)
     return visible[:, None] & listed
 
 
@@ -96,6 +107,7 @@ def attend(case: Case, blocks, lengths, segments, backend=None):
             scale=case.H**-0.5,
             kv_lengths=lengths,
             segment_ids=segments,
+            windows=None if case.windows is None else jnp.array(case.windows, jnp.int32),
             backend=backend,
         )
 
@@ -168,3 +180,37 @@ def test_work_is_two_products_a_listed_block(monkeypatch, kv_len: int, listed: i
     with jax.disable_jit():
         block_sparse_attention(q, k, k, *lists, block_q=8, block_kv=8, is_causal=False, scale=1.0)
     assert len(products) == 2 * listed
+
+
+def test_windows_that_do_not_look_back_are_refused():
+    case = Case(N=1, K=1, is_causal=False, windows=((1,), (2,)))
+    qkv, blocks, *_ = operands(case)
+    with pytest.raises(ValueError, match="is_causal=False: windows look back"):
+        attend(case, blocks, None, None)(*qkv)
+
+
+def test_heads_of_all_kinds_are_what_each_is_alone():
+    case = Case(B=2, S=17, N=3, K=3, windows=((0, 0, 2), (17, 17, 5)))
+    qkv, blocks, *_, rng = operands(case)
+    blocks[:, 0] = True
+    seen = kept_pairs(case, np.ones_like(blocks), None, None)[:, 2]
+    seen = np.pad(seen, ((0, 0), (0, 3), (0, 3))).reshape(2, 4, 4, 5, 4)
+    blocks[:, 2] = seen.any(axis=(2, 4))
+    cotangents = [jnp.array(rng.normal(size=x), jnp.float32) for x in ((2, 13, 3, 8), (2, 13, 3))]
+
+    def results_and_gradients(attend, q, k, v, *cotangents):
+        results, vjp = jax.vjp(jax.jit(attend), q, k, v)
+        return *results, *vjp(cotangents)
+
+    found = results_and_gradients(attend(case, blocks, None, None), *qkv, *cotangents)
+    alone = dataclasses.replace(case, N=1, K=1, windows=None)
+    kinds = [
+        attend(alone, blocks[:, :1], None, None),
+        attend(alone, blocks[:, 1:2], None, None),
+        functools.partial(streaming_attention, sink_size=2, recent_size=5),
+    ]
+    for head, kind in enumerate(kinds):
+        of_head = [x[:, :, head : head + 1] for x in (*qkv, *cotangents)]
+        expected = results_and_gradients(kind, *of_head)
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one[:, :, head : head + 1], other, atol=2e-6)

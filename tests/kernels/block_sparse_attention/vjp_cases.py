@@ -10,8 +10,16 @@ import numpy as np
 from jax import lax
 
 from sparseattn_jax.kernels import block_lists
-from tests.kernels.block_sparse_attention.cases import Case, Operands, dense, operands
+from tests.kernels.block_sparse_attention.cases import (
+    Case,
+    Operands,
+    dense,
+    operands,
+    seen,
+    window_array,
+)
 from tests.oracles import attention as oracle
+from tests.oracles import streaming
 
 type Gradients = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -56,6 +64,7 @@ def gradients(run: Callable[..., Gradients], case: Case, given: VjpOperands) -> 
         *block_lists.from_dense(forward.blocks),
         forward.kv_lengths,
         None,
+        window_array(case),
         given.out,
         given.lse,
         given.d_out,
@@ -77,9 +86,14 @@ def by_oracle(case: Case, given: VjpOperands) -> tuple[np.ndarray, np.ndarray, n
     visible = oracle.visible_pairs(
         case.B, case.T, case.S, is_causal=case.is_causal, kv_lengths=np.asarray(given.lengths)
     )
+    keep = listed & visible[:, None]
+    if case.windows is not None:
+        sinks, recents = case.windows
+        sizes = {"sink_sizes": sinks, "recent_sizes": recents}
+        keep &= streaming.visible_pairs(case.B, case.T, case.S, **sizes)
     return oracle.attention_gradients(
         *(np.asarray(x, np.float64) for x in (forward.q, forward.k, forward.v)),
-        listed & visible[:, None],
+        keep,
         np.asarray(given.d_out, np.float64),
         given.d_lse,
         case.scale,
@@ -107,7 +121,8 @@ def dense_gradients(case: Case, given: VjpOperands, same_precision: bool) -> Gra
     k, v = (jnp.repeat(x, group, axis=2) for x in (forward.k, forward.v))
     scores = product("btnh,bsnh->bnts", forward.q, k) * case.scale
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse).transpose(0, 2, 1)
-    weights = jnp.where(_seen(case, given), jnp.exp(scores - lse[..., None]), 0.0)
+    visible = seen(case, forward.blocks, given.lengths)
+    weights = jnp.where(visible, jnp.exp(scores - lse[..., None]), 0.0)
     delta = jnp.sum(given.d_out.astype(jnp.float32) * out, axis=-1) - given.d_lse
     d_weights = product("btnh,bsnh->bnts", given.d_out, v)
     d_scores = rounded(weights * (d_weights - delta.transpose(0, 2, 1)[..., None]))
@@ -115,16 +130,6 @@ def dense_gradients(case: Case, given: VjpOperands, same_precision: bool) -> Gra
     d_k = sum_over_group(product("bnts,btnh->bsnh", d_scores, forward.q)) * case.scale
     d_v = sum_over_group(product("bnts,btnh->bsnh", rounded(weights), given.d_out))
     return rounded(d_q), rounded(d_k), rounded(d_v)
-
-
-def _seen(case: Case, given: VjpOperands) -> jax.Array:
-    blocks = given.forward.blocks
-    tokens = jnp.repeat(jnp.repeat(blocks, case.block_q, axis=2), case.block_kv, axis=3)
-    position = jnp.arange(case.T)[:, None] + case.S - case.T
-    key = jnp.arange(case.S)[None]
-    end = jnp.reshape(given.lengths, (-1, 1, 1))
-    causal = (key <= position)[None] & (position[None] < end) if case.is_causal else True
-    return tokens[:, :, : case.T, : case.S] & (causal & (key[None] < end))[:, None]
 
 
 def assert_gradients_right(
