@@ -23,23 +23,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
-from sparseattn_jax.kernels import block_lists, mosaic
+from sparseattn_jax.kernels import mosaic
 from sparseattn_jax.kernels.backends import multiprocessors
-from sparseattn_jax.kernels.block_sparse_attention import mosaic_sm90, tiling
+from sparseattn_jax.kernels.block_sparse_attention import mosaic_sm90, tiling, vjp_plan
 from sparseattn_jax.kernels.block_sparse_attention.mosaic_sm90 import Window
+from sparseattn_jax.kernels.block_sparse_attention.vjp_plan import PIECES, Call
 from sparseattn_jax.kernels.mosaic import WARPGROUP_ROWS, Ring
 
 _MATRIX = plgpu.Layout.WGMMA
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 _LOG2_E = math.log2(math.e)
-
-# So many of the longest lists at most are cut, into so many pieces, each a CTA's: a key block that
-# most queries list, as the first often is, would take one longer than all the others together.
-_LONG_LISTS = 32
-_PIECES = 8
 
 
 def refusal(facts: tiling.CallFacts) -> str | None:
@@ -75,7 +71,7 @@ def run(
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     config = tiling.vjp_config(H, block_kv)
-    call = _Call(
+    call = Call(
         q_len=T,
         kv_len=S,
         q_heads=N,
@@ -90,10 +86,10 @@ def run(
         max_ctas=multiprocessors(q, k, v),
         config=config,
     )
-    q_indices, q_counts = _transposed(kv_indices, kv_num_blocks, call)
-    plan = _plan(q_counts, call)
+    q_indices, q_counts = vjp_plan.transposed_lists(kv_indices, kv_num_blocks, call)
+    plan = vjp_plan.plan(q_counts, call)
     lengths = jnp.full((B,), S, jnp.int32) if kv_lengths is None else kv_lengths
-    statistics = _row_statistics(out, lse, d_out, d_lse, call)
+    statistics = vjp_plan.row_statistics(out, lse, d_out, d_lse, call)
     q, k, v, d_out = (mosaic.whole_tiles(x) for x in (q, k, v, d_out))
     counter = jax.new_ref(jnp.zeros((1,), jnp.int32))
     d_q = jax.new_ref(jnp.zeros(q.shape, jnp.float32))
@@ -102,7 +98,7 @@ def run(
         out_type=(
             jax.ShapeDtypeStruct(k.shape, k.dtype),
             jax.ShapeDtypeStruct(v.shape, v.dtype),
-            jax.ShapeDtypeStruct((call.num_long, _PIECES, 2, config.kv_tile, H), jnp.float32),
+            jax.ShapeDtypeStruct((call.num_long, PIECES, 2, config.kv_tile, H), jnp.float32),
         ),
         scratch_types=tiling.vjp_scratch(config, H, q.dtype),
         grid=(call.num_ctas,),
@@ -120,177 +116,8 @@ def run(
         *(q, k, v, d_out, statistics, q_indices, q_counts.reshape(-1), lengths, windows),
         *(*plan, counter, d_q),
     )
-    d_k, d_v = _with_long_lists(d_k, d_v, pieces, plan, call)
+    d_k, d_v = vjp_plan.with_long_lists(d_k, d_v, pieces, plan, call)
     return (d_q[:, :T] * scale).astype(q.dtype), d_k[:, :S], d_v[:, :S]
-
-
-def _transposed(
-    kv_indices: Int32[Array, "B heads Tb M"],
-    kv_num_blocks: Int32[Array, "B heads Tb"],
-    call: "_Call",
-) -> tuple[Int32[Array, "lists rows"], Int32[Array, "B kv_heads Sb"]]:
-    """For each key block the rows that list and may see it: query blocks of the whole group.
-
-    The rows of a key/value head are those of its first query head, then of its second, and so on;
-    where all heads share their lists there is one.
-    """
-    B, heads, _, width = kv_indices.shape
-    indices = kv_indices.reshape(B, call.mask_heads, -1, width)
-    counts = kv_num_blocks.reshape(B, call.mask_heads, -1)
-    keep = block_lists.to_dense(indices, counts, call.num_kv_blocks)
-    if call.is_causal:
-        visible = jnp.tile(_visible_blocks(call), (heads // call.mask_heads, 1))
-        keep = keep & visible[None, None]
-    q_indices, q_counts = block_lists.from_dense(jnp.swapaxes(keep, -1, -2))
-    return q_indices.reshape(-1, q_indices.shape[-1]), q_counts
-
-
-def _visible_blocks(call: "_Call") -> Bool[Array, "Tb Sb"]:
-    """Where some key is not behind some query."""
-    last_query = (jnp.arange(call.num_q_blocks) + 1) * call.block_q - 1
-    first_key = jnp.arange(call.num_kv_blocks) * call.block_kv
-    return first_key[None] <= last_query[:, None] + (call.kv_len - call.q_len)
-
-
-def _plan(q_counts: Int32[Array, "B kv_heads Sb"], call: "_Call") -> "_Plan":
-    """What the CTAs draw: first the pieces of long lists, then key/value heads in groups.
-
-    A list is long that has more than twice the mean length. Within a group the longest come first.
-    """
-    per_tile = jnp.repeat(q_counts, call.kv_parts, axis=-1)[..., : call.num_kv_tiles]
-    shape = (q_counts.shape[0], call.kv_heads, call.num_kv_tiles)
-    work = jnp.broadcast_to(per_tile, shape).reshape(-1)
-    by_length = mosaic.longest_first(work, call.num_tiles)[: call.num_long]
-    is_long = work[by_length] * call.num_tiles > 2 * jnp.sum(work)
-    long_tiles = jnp.where(is_long, by_length, call.num_tiles)
-    is_cut = jnp.zeros(call.num_tiles, bool).at[long_tiles].set(True, mode="drop")
-
-    group = jnp.arange(call.num_tiles, dtype=jnp.int32) // call.group_tiles
-    last = call.num_tiles // call.group_tiles
-    longest = call.group * call.num_q_blocks
-    whole = jnp.where(is_cut, -1, (last - group) * (longest + 1) + work)
-    pieces = jnp.where(is_long, (last + 1) * (longest + 1) + work[by_length], -1)
-    urgency = jnp.concatenate((whole, jnp.repeat(pieces, _PIECES)))
-    order = mosaic.longest_first(urgency, urgency.size)
-    return _Plan(order, jnp.sum(urgency >= 0, dtype=jnp.int32).reshape(1), long_tiles)
-
-
-def _with_long_lists(
-    d_k: Float[Array, "B S8 K H"],
-    d_v: Float[Array, "B S8 K H"],
-    pieces: Float32[Array, "lists pieces 2 keys H"],
-    plan: "_Plan",
-    call: "_Call",
-) -> tuple[Float[Array, "B S8 K H"], Float[Array, "B S8 K H"]]:
-    """dk and dv, with those of the tiles whose lists were cut."""
-    sums = jnp.sum(pieces, axis=1)
-    row, kv_tile = jnp.divmod(plan.long_tiles[:, None], call.num_kv_tiles)
-    batch, kv_head = jnp.divmod(row, call.kv_heads)  # past the last where there is no list
-    key = kv_tile * call.config.kv_tile + jnp.arange(call.config.kv_tile)[None]
-    where = (batch, key, kv_head)
-    d_k = d_k.at[where].set((sums[:, 0] * call.scale).astype(d_k.dtype), mode="drop")
-    return d_k, d_v.at[where].set(sums[:, 1].astype(d_v.dtype), mode="drop")
-
-
-def _row_statistics(
-    out: Float[Array, "B T N H"],
-    lse: Float32[Array, "B T N"],
-    d_out: Float[Array, "B T N H"],
-    d_lse: Float32[Array, "B T N"],
-    call: "_Call",
-) -> Float32[Array, "B N tiles 2 64"]:
-    """Per query tile the log-sum-exp in base 2 and delta, what dP loses before it meets P.
-
-    An infinite log-sum-exp makes the weights of empty and of missing rows zero.
-    """
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
-    lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * _LOG2_E)
-    padding = ((0, 0), (0, call.num_q_blocks * call.block_q - call.q_len), (0, 0))
-    lse = jnp.pad(lse, padding, constant_values=jnp.inf)
-    rows = jnp.stack((lse, jnp.pad(delta, padding)))
-    rows = rows.reshape(2, rows.shape[1], -1, WARPGROUP_ROWS, call.q_heads)
-    return jnp.transpose(rows, (1, 4, 2, 0, 3))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Call:
-    """What is static in a call."""
-
-    q_len: int
-    kv_len: int
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    mask_heads: int
-    block_q: int
-    block_kv: int
-    is_causal: bool
-    scale: float
-    num_tiles: int
-    max_ctas: int
-    config: tiling.VjpConfig
-
-    @property
-    def group(self) -> int:
-        """Query heads per key/value head."""
-        return self.q_heads // self.kv_heads
-
-    @property
-    def num_long(self) -> int:
-        return min(_LONG_LISTS, self.num_tiles)
-
-    @property
-    def num_q_blocks(self) -> int:
-        return pl.cdiv(self.q_len, self.block_q)
-
-    @property
-    def num_kv_blocks(self) -> int:
-        return pl.cdiv(self.kv_len, self.block_kv)
-
-    @property
-    def num_kv_tiles(self) -> int:
-        return pl.cdiv(self.kv_len, self.config.kv_tile)
-
-    @property
-    def num_ctas(self) -> int:
-        return min(self.max_ctas, self.num_tiles)
-
-    @property
-    def group_tiles(self) -> int:
-        """Tiles of the key/value heads that are worked on together.
-
-        They fit the L2 cache, or are enough for two rounds, which balance each other.
-        """
-        bytes_per_query = 2 * 2 + 4  # queries, their gradients and those of the output
-        head_bytes = bytes_per_query * self.q_len * self.group * self.head_dim
-        heads = max(mosaic.L2_BYTES // head_bytes, pl.cdiv(2 * self.num_ctas, self.num_kv_tiles))
-        return min(heads * self.num_kv_tiles, self.num_tiles)
-
-    @property
-    def q_parts(self) -> int:
-        """Steps per listed query block."""
-        return self.block_q // WARPGROUP_ROWS
-
-    @property
-    def kv_parts(self) -> int:
-        """Key tiles per key block."""
-        return self.block_kv // self.config.kv_tile
-
-
-class _Plan(NamedTuple):
-    """Which CTA work there is.
-
-    Attributes:
-        order: what is drawn in turn: a flat index of a key tile [B, K, tiles]; or of a piece
-            [lists, pieces] of a long list, added to the number of tiles.
-        length: how much of the order counts.
-        long_tiles: the flat indices of the tiles whose lists are cut; the number of tiles where
-            there are no more.
-    """
-
-    order: Int32[Array, " units"]
-    length: Int32[Array, " 1"]
-    long_tiles: Int32[Array, " lists"]
 
 
 class _Gmem(NamedTuple):
@@ -337,7 +164,7 @@ class _Queries(NamedTuple):
 
 
 def _kernel(
-    call: _Call,
+    call: Call,
     *gmem: Any,
     weights_smem: Any,
     d_scores_smem: Any,
@@ -394,7 +221,7 @@ class _Cta:
     Output gradients come with the statistics of their rows.
     """
 
-    call: _Call
+    call: Call
     gmem: _Gmem
     numbers: _Numbers
     kv: Ring
@@ -451,7 +278,7 @@ class _Cta:
         call, gmem = self.call, self.gmem
         unit = gmem.order[number]
         piece = unit - call.num_tiles
-        long_list, part = mosaic.divide(jnp.maximum(piece, 0), _PIECES)
+        long_list, part = mosaic.divide(jnp.maximum(piece, 0), PIECES)
         flat = jnp.where(piece >= 0, gmem.long_tiles[long_list], unit)
         row, kv_tile = mosaic.divide(flat, call.num_kv_tiles)
         batch, kv_head = mosaic.divide(row, call.kv_heads)
@@ -461,8 +288,8 @@ class _Cta:
         num_listed = gmem.counts[list_index]
         kv_length = gmem.lengths[batch]
         steps = jnp.where(key0 < kv_length, num_listed * (call.q_parts * self._heads_per_list), 0)
-        first = lax.div(steps * part, jnp.int32(_PIECES))
-        end = lax.div(steps * (part + 1), jnp.int32(_PIECES))
+        first = lax.div(steps * part, jnp.int32(PIECES))
+        end = lax.div(steps * (part + 1), jnp.int32(PIECES))
         steps = jnp.where(piece >= 0, end - first, steps)
         return _Tile(batch, kv_head, list_index, key0, num_listed, piece, first, steps, kv_length)
 
@@ -582,7 +409,7 @@ class _Warpgroup:
     def _store(self, tile: _Tile, round_: jax.Array, d_k: jax.Array, d_v: jax.Array) -> None:
         @pl.when(tile.piece >= 0)
         def _store_piece():
-            place = mosaic.divide(tile.piece, _PIECES)
+            place = mosaic.divide(tile.piece, PIECES)
             for i, d_x in enumerate((d_k, d_v)):
                 self.cta.gmem.pieces[*place, i, self._keys, self._kv_columns] = d_x
 
@@ -654,7 +481,7 @@ class _Steps:
     scores_acc: Any
 
     @property
-    def call(self) -> _Call:
+    def call(self) -> Call:
         return self.warpgroup.cta.call
 
     def begin_scores(self, i: jax.Array) -> None:

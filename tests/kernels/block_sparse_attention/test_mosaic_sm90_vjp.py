@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparseattn_jax.kernels import mosaic
-from sparseattn_jax.kernels.block_sparse_attention import mosaic_sm90_vjp, tiling, xla
+from sparseattn_jax.kernels.block_sparse_attention import mosaic_sm90_vjp, tiling, vjp_plan, xla
 from sparseattn_jax.kernels.mosaic import Ring
 from tests.kernels.block_sparse_attention.cases import Case
 from tests.kernels.block_sparse_attention.test_mosaic_sm90 import (
@@ -101,7 +101,7 @@ def test_the_plan_is_of_pieces_of_long_lists_then_of_groups_of_heads(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(mosaic, "L2_BYTES", 1)
-    call = mosaic_sm90_vjp._Call(
+    call = vjp_plan.Call(
         q_len=640,
         kv_len=192,
         q_heads=2,
@@ -117,7 +117,7 @@ def test_the_plan_is_of_pieces_of_long_lists_then_of_groups_of_heads(
         config=tiling.vjp_config(64, 64),
     )
     counts = jnp.asarray([[[1, 3, 2], [2, 10, 3]]])
-    order, length, long_tiles = mosaic_sm90_vjp._plan(counts, call)
+    order, length, long_tiles = vjp_plan.plan(counts, call)
     pieces = list(range(6, 6 + 8))  # of the first long list, which is tile 4
     assert order[: int(length[0])].tolist() == [*pieces, 1, 2, 0, 5, 3]
     assert long_tiles.tolist() == [4] + [6] * 5
@@ -188,10 +188,10 @@ def test_a_missing_query_head_is_seen(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.usefixtures("one_multiprocessor")
 def test_an_ignored_gradient_of_the_log_sum_exp_is_seen(monkeypatch: pytest.MonkeyPatch):
-    original = mosaic_sm90_vjp._row_statistics
+    original = vjp_plan.row_statistics
 
     def ignoring(out, lse, d_out, d_lse, call):
         return original(out, lse, d_out, jnp.zeros_like(d_lse), call)
 
-    monkeypatch.setattr(mosaic_sm90_vjp, "_row_statistics", ignoring)
+    monkeypatch.setattr(vjp_plan, "row_statistics", ignoring)
     assert is_seen(SPLIT_QUERIES)
