@@ -18,6 +18,7 @@ from benchmarks.measure import Options, dense_peers
 from benchmarks.records import Record
 from benchmarks.shapes import Shape
 from sparseattn_jax import BlockMask, block_sparse_attention
+from sparseattn_jax.kernels.backends import Backend
 
 PROBABILITIES = (0.05, 0.25, 1.0)
 
@@ -30,17 +31,11 @@ def run(options: Options, length: int) -> Iterator[Record | str]:
     operands = random_operands(shape, length, seed=options.seed)
     d_out = random_output_gradient(shape, length, seed=options.seed)
 
-    def ours(q: Array, k: Array, v: Array, d_out: Array, block_mask: BlockMask) -> Gradients:
-        attend = functools.partial(
-            block_sparse_attention, block_mask=block_mask, backend=options.backend
-        )
-        return gradients(attend, q, k, v, d_out)
-
     work = Work(
         op="block_sparse_forward_backward",
         probabilities=PROBABILITIES,
         operands=(*operands, d_out),
-        ours=ours,
+        ours=functools.partial(gradients_over_blocks, backend=options.backend),
         dense={
             peer: jax.jit(functools.partial(gradients, attend))
             for peer, attend in dense_peers(options).items()
@@ -61,6 +56,14 @@ def random_output_gradient(shape: Shape, length: int, *, seed: int) -> Float[Arr
     key = jax.random.fold_in(jax.random.key(seed), 1)
     size = (1, length, shape.num_heads, shape.head_dim)
     return jax.jit(lambda: jax.random.normal(key, size, jnp.dtype(shape.dtype)))()
+
+
+def gradients_over_blocks(
+    q: Array, k: Array, v: Array, d_out: Array, block_mask: BlockMask, *, backend: Backend | None
+) -> Gradients:
+    """Forward and backward of our attention over listed blocks."""
+    attend = functools.partial(block_sparse_attention, block_mask=block_mask, backend=backend)
+    return gradients(attend, q, k, v, d_out)
 
 
 def gradients(

@@ -17,14 +17,15 @@ from benchmarks import gate
 from benchmarks.block_sparse_forward import random_operands
 from benchmarks.block_sparse_forward_backward import (
     Gradients,
-    gradients,
+    gradients_over_blocks,
     random_output_gradient,
 )
 from benchmarks.gradient_gate import judge_gradients
 from benchmarks.measure import Options, measured, on_rows
 from benchmarks.records import Record
 from benchmarks.shapes import format_length
-from sparseattn_jax import BlockMask, Full, Streaming, block_sparse_attention
+from sparseattn_jax import BlockMask, Full, Streaming
+from sparseattn_jax.kernels.backends import Backend
 from sparseattn_jax.kernels.two_arm_attention import two_arm_attention
 
 SINK_BLOCKS, RECENT_BLOCKS = 1, 8
@@ -44,29 +45,8 @@ def run(options: Options, length: int) -> Iterator[Record | str]:
         strategy.select(q, k).blocks for strategy in (Full(block_size=size), window)
     )
 
-    @jax.jit
-    def full(q: Array, k: Array, v: Array, d_full: Array, blocks: BlockMask) -> Gradients:
-        attend = functools.partial(
-            block_sparse_attention, block_mask=blocks, backend=options.backend
-        )
-        return gradients(attend, q, k, v, d_full)
-
-    @jax.jit
-    def both(q: Array, k: Array, v: Array, d_arms: tuple, outer: BlockMask, inner: BlockMask):
-        def arms(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-            (out, _), (part, _) = two_arm_attention(
-                *(q, k, v, outer.kv_indices, outer.kv_num_blocks),
-                *(inner.kv_indices, inner.kv_num_blocks),
-                block_q=size,
-                block_kv=size,
-                is_causal=True,
-                scale=shape.head_dim**-0.5,
-                backend=options.backend,
-            )
-            return out, part
-
-        return jax.vjp(arms, q, k, v)[1](d_arms)
-
+    full = jax.jit(functools.partial(gradients_over_blocks, backend=options.backend))
+    both = jax.jit(functools.partial(_gradients_of_both, backend=options.backend))
     rows = gate.sample_rows(length, size, seed=options.seed)
 
     def keep(blocks: BlockMask) -> np.ndarray:
@@ -92,3 +72,31 @@ def run(options: Options, length: int) -> Iterator[Record | str]:
         peer="full_arm",
         theirs=measured(full, (q, k, v, d_full, full_blocks), on_rows(judge, rows), options),
     )
+
+
+def _gradients_of_both(
+    q: Array,
+    k: Array,
+    v: Array,
+    d_arms: tuple[Array, Array],
+    outer: BlockMask,
+    inner: BlockMask,
+    *,
+    backend: Backend | None,
+) -> Gradients:
+    """Forward and backward of both arms."""
+
+    def arms(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+        (out, _), (part, _) = two_arm_attention(
+            *(q, k, v, outer.kv_indices, outer.kv_num_blocks),
+            *(inner.kv_indices, inner.kv_num_blocks),
+            block_q=outer.block_q,
+            block_kv=outer.block_kv,
+            is_causal=outer.is_causal,
+            scale=q.shape[-1] ** -0.5,
+            backend=backend,
+        )
+        return out, part
+
+    _, backward = jax.vjp(arms, q, k, v)
+    return backward(d_arms)

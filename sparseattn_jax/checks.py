@@ -108,10 +108,7 @@ def check_mask(q: jax.Array, k: jax.Array, mask: jax.Array | None) -> None:
             f"mask.dtype={mask.dtype} must be bool (true where a query sees a key) or floating "
             "(added to the logits); cast it"
         )
-    if mask.ndim == 3:
-        shape = (mask.shape[0], 1, *mask.shape[1:])
-    else:
-        shape = (1,) * (4 - mask.ndim) + mask.shape
+    shape = mask_shape(mask)
     fits = len(shape) == 4 and shape[2:] == wanted[2:]
     if not fits or any(n not in (1, full) for n, full in zip(shape, wanted, strict=True)):
         B, N, T, S = wanted
@@ -119,6 +116,13 @@ def check_mask(q: jax.Array, k: jax.Array, mask: jax.Array | None) -> None:
             f"mask.shape={mask.shape} must be [T, S], [B, T, S] or [B, N, T, S] with B={B} or 1, "
             f"N={N} or 1, T={T} and S={S}; broadcast or cut it"
         )
+
+
+def mask_shape(mask: jax.Array) -> tuple[int, ...]:
+    """The shape of a dense mask with axes for batch and heads, where it has none."""
+    if mask.ndim == 3:
+        return mask.shape[0], 1, *mask.shape[1:]
+    return (1,) * (4 - mask.ndim) + mask.shape
 
 
 def check_segment_ids(k: jax.Array, segment_ids: jax.Array | None) -> None:

@@ -14,6 +14,7 @@ from sparseattn_jax.checks import (
     check_segment_ids,
     check_threshold,
     checked,
+    mask_shape,
 )
 from sparseattn_jax.kernels import dense_attention as dense
 from sparseattn_jax.kernels.backends import Backend
@@ -301,7 +302,7 @@ def full_prefill(
         q,
         k,
         v,
-        mask=None if mask is None else _per_head(mask),
+        mask=None if mask is None else mask.reshape(mask_shape(mask)),
         is_causal=is_causal,
         scale=q.shape[-1] ** -0.5,
         kv_lengths=kv_lengths,
@@ -310,10 +311,6 @@ def full_prefill(
         backend=backend,
     )
     return out if lse is None else (out, lse)
-
-
-def _per_head(mask: Mask) -> Bool[Array, "#B #N T S"] | Float[Array, "#B #N T S"]:
-    return mask[:, None] if mask.ndim == 3 else mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
 
 
 @overload

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from sparseattn_jax.kernels import block_lists
+from sparseattn_jax.kernels.products import matmul
 
 
 @functools.partial(jax.jit, static_argnames=("block_q", "block_kv", "is_causal", "scale"))
@@ -53,7 +54,7 @@ def run(
             decay = jnp.exp(row_max - shift)
             values = tiles.kv_tile(tiles.v, kv_block)
             return (
-                accumulator * decay[..., None] + _matmul("bnqk,bnkh->bnqh", weights, values),
+                accumulator * decay[..., None] + matmul("bnqk,bnkh->bnqh", weights, values),
                 new_max,
                 row_sum * decay + jnp.sum(weights, axis=-1),
             )
@@ -110,7 +111,7 @@ def run_vjp(
         """P and dS of one tile per head."""
         scores = tiles.scores(q_block, kv_block, is_listed)
         weights = jnp.exp(scores - _q_tile(lse_tiles, q_block)[..., None])
-        d_weights = _matmul(
+        d_weights = matmul(
             "bnqh,bnkh->bnqk", _q_tile(d_out_tiles, q_block), tiles.kv_tile(tiles.v, kv_block)
         )
         return weights, weights * (d_weights - _q_tile(delta_tiles, q_block)[..., None])
@@ -121,7 +122,7 @@ def run_vjp(
         def visit(slot: Array, d_q: Array) -> Array:
             kv_block = indices[:, :, q_block, slot]
             _, d_scores = gradients_of_tile(q_block, kv_block, slot < num_listed)
-            return d_q + _matmul("bnqk,bnkh->bnqh", d_scores, tiles.kv_tile(tiles.k, kv_block))
+            return d_q + matmul("bnqk,bnkh->bnqh", d_scores, tiles.kv_tile(tiles.k, kv_block))
 
         d_q = jnp.zeros(tiles.q[:, :, 0].shape, jnp.float32)
         return lax.fori_loop(0, jnp.max(num_listed), visit, d_q) * scale
@@ -133,8 +134,8 @@ def run_vjp(
             d_k, d_v = carry
             q_block = q_indices[:, :, kv_block, slot]
             weights, d_scores = gradients_of_tile(q_block, kv_block, slot < num_listed)
-            d_k += _matmul("bnqk,bnqh->bnkh", d_scores, _q_tile(tiles.q, q_block))
-            d_v += _matmul("bnqk,bnqh->bnkh", weights, _q_tile(d_out_tiles, q_block))
+            d_k += matmul("bnqk,bnqh->bnkh", d_scores, _q_tile(tiles.q, q_block))
+            d_v += matmul("bnqk,bnqh->bnkh", weights, _q_tile(d_out_tiles, q_block))
             return d_k, d_v
 
         zeros = jnp.zeros((*q_counts.shape[:2], block_kv, q.shape[3]), jnp.float32)
@@ -214,9 +215,7 @@ class _Tiles:
 
     def scores(self, q_block: Array, kv_block: Array, is_listed: Bool[Array, "B N"]) -> Array:
         """Scaled logits of one tile per head, -inf where nothing may be seen."""
-        logits = _matmul(
-            "bnqh,bnkh->bnqk", _q_tile(self.q, q_block), self.kv_tile(self.k, kv_block)
-        )
+        logits = matmul("bnqh,bnkh->bnqk", _q_tile(self.q, q_block), self.kv_tile(self.k, kv_block))
         visible = self._visible(q_block, kv_block) & is_listed[:, :, None, None]
         return jnp.where(visible, logits * self.scale, -jnp.inf)
 
@@ -282,9 +281,3 @@ def _from_blocks(blocks: Array, length: int) -> Array:
     num_blocks, batch, heads, size, *rest = blocks.shape
     x = jnp.moveaxis(blocks, (0, 3), (1, 2))
     return x.reshape(batch, num_blocks * size, heads, *rest)[:, :length]
-
-
-def _matmul(equation: str, a: Array, b: Array) -> Float32[Array, "..."]:
-    # float32 operands must not be rounded to tf32; narrower ones multiply exactly as they are.
-    precision = lax.Precision.HIGHEST if b.dtype == jnp.float32 else None
-    return jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32), precision=precision)

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from sparseattn_jax.kernels.products import matmul
+
 _CHUNK = 2048  # slots per kv head that are gathered at a time
 _DENSE_BLOCK = 128
 
@@ -51,14 +53,14 @@ def run(
         visible &= positions[:, :, None] <= q_positions[:, None, :, None]
         # A weight of 0 does not undo a NaN in a block that is not listed.
         keys, values = (jnp.where(exists[..., None], _take(x, slots), 0) for x in (k, v))
-        scores = _matmul("btkgh,bksh->bktgs", queries, keys) * scale
+        scores = matmul("btkgh,bksh->bktgs", queries, keys) * scale
         scores = jnp.where(visible[:, :, :, None], scores, -jnp.inf)
         new_max = jnp.maximum(row_max, jnp.max(scores, axis=-1))
         shift = jnp.where(jnp.isneginf(new_max), 0.0, new_max)
         weights = jnp.exp(scores - shift[..., None])
         decay = jnp.exp(row_max - shift)
         return (
-            accumulator * decay[..., None] + _matmul("bktgs,bksh->bktgh", weights, values),
+            accumulator * decay[..., None] + matmul("bktgs,bksh->bktgh", weights, values),
             new_max,
             row_sum * decay + jnp.sum(weights, axis=-1),
         )
@@ -114,9 +116,3 @@ def _take(x: Float[Array, "B S K H"], slots: Int32[Array, "B K slots"]) -> Array
 
 def _at(x: Array, slots: Int32[Array, "..."]) -> Array:
     return x[slots]
-
-
-def _matmul(equation: str, a: Array, b: Array) -> Float32[Array, "..."]:
-    # float32 operands must not be rounded to tf32; narrower ones multiply exactly as they are.
-    precision = lax.Precision.HIGHEST if b.dtype == jnp.float32 else None
-    return jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32), precision=precision)

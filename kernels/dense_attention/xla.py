@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from sparseattn_jax.kernels.products import matmul
+
 _CHUNK_BYTES = 2**28  # of scores
 
 
@@ -41,7 +43,7 @@ def run(
         start = chunk * chunk_size
         rows = lax.dynamic_slice_in_dim(queries, start, chunk_size, axis=1)
         rows = rows.reshape(batch, chunk_size, num_kv_heads, -1, head_dim)
-        logits = _matmul("btkgh,bskh->bkgts", rows, k) * scale
+        logits = matmul("btkgh,bskh->bkgts", rows, k) * scale
         logits = logits.reshape(batch, num_heads, chunk_size, kv_len)
         positions = start + jnp.arange(chunk_size, dtype=jnp.int32) + (kv_len - q_len)
         visible = _visible(positions, lengths, segment_ids, kv_len, is_causal=is_causal)[:, None]
@@ -92,11 +94,5 @@ def _softmax_and_values(
     divisor = jnp.where(total == 0.0, 1.0, total)
     lse = jnp.where(total == 0.0, -jnp.inf, shift + jnp.log(divisor))
     weights = (weights / divisor[..., None]).reshape(batch, v.shape[2], -1, num_rows, kv_len)
-    out = _matmul("bkgts,bskh->btkgh", weights, v)
+    out = matmul("bkgts,bskh->btkgh", weights, v)
     return out.reshape(batch, num_rows, num_heads, -1), jnp.moveaxis(lse, 1, 2)
-
-
-def _matmul(equation: str, a: Array, b: Array) -> Float32[Array, "..."]:
-    # float32 operands must not be rounded to tf32; narrower ones multiply exactly as they are.
-    precision = lax.Precision.HIGHEST if b.dtype == jnp.float32 else None
-    return jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32), precision=precision)

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from sparseattn_jax.kernels.products import matmul
+
 # Sums over the sinks and over the band, the two sets of keys of _Geometry.
 type _KeySums = tuple[Float32[Array, "B sink K H"], Float32[Array, "B band K H"]]
 
@@ -46,7 +48,7 @@ def run(
         row_sum = jnp.sum(weights, axis=-1)
         divisor = jnp.where(row_sum == 0.0, 1.0, row_sum)
         lse = jnp.where(row_sum == 0.0, -jnp.inf, shift + jnp.log(divisor))
-        out = _matmul("bkgqs,bskh->bqkgh", weights / divisor[..., None], values)
+        out = matmul("bkgqs,bskh->bqkgh", weights / divisor[..., None], values)
         return out.astype(q.dtype), jnp.moveaxis(lse, 3, 1)
 
     indices = jnp.arange(geometry.num_chunks, dtype=jnp.int32)
@@ -89,12 +91,12 @@ def run_vjp(
         values = geometry.keys_of_chunk(v_sinks, v_band, index)
         scores = _scores(queries, keys, sees.keys_of_chunk(index), scale)
         weights = jnp.exp(scores - jnp.moveaxis(row_lse, 1, 3)[..., None])
-        d_weights = _matmul("bqkgh,bskh->bkgqs", d_rows, values)
+        d_weights = matmul("bqkgh,bskh->bkgqs", d_rows, values)
         d_scores = weights * (d_weights - jnp.moveaxis(row_delta, 1, 3)[..., None]) * scale
         d_k, d_v = carry
-        d_k = geometry.add_keys(d_k, index, _matmul("bkgqs,bqkgh->bskh", d_scores, queries))
-        d_v = geometry.add_keys(d_v, index, _matmul("bkgqs,bqkgh->bskh", weights, d_rows))
-        return (d_k, d_v), _matmul("bkgqs,bskh->bqkgh", d_scores, keys)
+        d_k = geometry.add_keys(d_k, index, matmul("bkgqs,bqkgh->bskh", d_scores, queries))
+        d_v = geometry.add_keys(d_v, index, matmul("bkgqs,bqkgh->bskh", weights, d_rows))
+        return (d_k, d_v), matmul("bkgqs,bskh->bqkgh", d_scores, keys)
 
     rows = (geometry.to_chunks(x) for x in (q, d_out, finite_lse, delta))
     indices = jnp.arange(geometry.num_chunks, dtype=jnp.int32)
@@ -257,11 +259,5 @@ def _scores(
     scale: float,
 ) -> Float32[Array, "B K group chunk keys"]:
     """Scaled logits, -inf where a query does not see a key."""
-    logits = _matmul("bqkgh,bskh->bkgqs", queries, keys)
+    logits = matmul("bqkgh,bskh->bkgqs", queries, keys)
     return jnp.where(visible, logits * scale, -jnp.inf)
-
-
-def _matmul(equation: str, a: Array, b: Array) -> Float32[Array, "..."]:
-    # float32 operands must not be rounded to tf32; narrower ones multiply exactly as they are.
-    precision = lax.Precision.HIGHEST if b.dtype == jnp.float32 else None
-    return jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32), precision=precision)
