@@ -25,7 +25,7 @@ from tests.kernels.block_sparse_attention.vjp_cases import (
     vjp_operands,
 )
 from tests.kernels.faulty_rings import FreedOnArrival, ReadWithoutWait, plant
-from tests.kernels.mosaic_interpret import interpret
+from tests.kernels.mosaic_interpret import interpret, is_fault_seen
 
 
 @pytest.fixture(autouse=True)
@@ -131,16 +131,13 @@ SPLIT_QUERIES = dataclasses.replace(SPLIT_KEYS, block_kv=64, S=128)
 def is_seen(case: Case) -> bool:
     """Whether threads raced, missed the completion of a barrier, or the results are wrong."""
     given = vjp_operands(case)
-    try:
+
+    def check() -> bool:
         found, raced = interpret(gradients, mosaic_sm90_vjp.run, case, given)
         assert_gradients_right(case, given, found)
-    except jax.errors.JaxRuntimeError as error:
-        if "observe" not in str(error) and "RACE DETECTED" not in str(error):
-            raise
-        return True
-    except AssertionError:
-        return True
-    return raced
+        return raced
+
+    return is_fault_seen(check)
 
 
 @pytest.fixture
