@@ -143,15 +143,14 @@ class _Gmem(NamedTuple):
 
 
 class _Tile(NamedTuple):
-    """One key tile and the list of its key block, from one step on; or a piece of them."""
+    """One key tile and the list of its key block, up to one step; or a piece of them."""
 
     batch: jax.Array
     kv_head: jax.Array
     list_index: jax.Array
     key0: jax.Array
-    num_listed: jax.Array
     piece: jax.Array
-    first_step: jax.Array
+    last_step: jax.Array
     steps: jax.Array
     kv_length: jax.Array
 
@@ -186,13 +185,13 @@ def _kernel(
 
     @pl.when(thread < tiling.VJP_WARPGROUPS)
     def _compute():
-        plgpu.set_max_registers(tiling.VJP_COMPUTING_REGISTERS, action="increase")
+        plgpu.set_max_registers(config.computing_registers, action="increase")
         smem = _Exchange(weights_smem, d_scores_smem, d_q_smem.at[thread], exchange_barrier)
         _Warpgroup(cta=cta(), index=thread, smem=smem).compute()
 
     @pl.when(thread == tiling.VJP_WARPGROUPS)
     def _load():
-        plgpu.set_max_registers(tiling.VJP_LOADING_REGISTERS, action="decrease")
+        plgpu.set_max_registers(config.loading_registers, action="decrease")
         cta().load()
 
 
@@ -285,13 +284,14 @@ class _Cta:
         mask_row = row if call.mask_heads > 1 else batch
         list_index = mask_row * call.num_kv_blocks + lax.div(kv_tile, jnp.int32(call.kv_parts))
         key0 = kv_tile * call.config.kv_tile
-        num_listed = gmem.counts[list_index]
         kv_length = gmem.lengths[batch]
-        steps = jnp.where(key0 < kv_length, num_listed * (call.q_parts * self._heads_per_list), 0)
+        steps_per_entry = call.q_parts * self._heads_per_list
+        steps = jnp.where(key0 < kv_length, gmem.counts[list_index] * steps_per_entry, 0)
         first = lax.div(steps * part, jnp.int32(PIECES))
         end = lax.div(steps * (part + 1), jnp.int32(PIECES))
+        end = jnp.where(piece >= 0, end, steps)
         steps = jnp.where(piece >= 0, end - first, steps)
-        return _Tile(batch, kv_head, list_index, key0, num_listed, piece, first, steps, kv_length)
+        return _Tile(batch, kv_head, list_index, key0, piece, end - 1, steps, kv_length)
 
     @property
     def _heads_per_list(self) -> int:
@@ -300,18 +300,18 @@ class _Cta:
         return self.call.group if rows == self.call.num_q_blocks else 1
 
     def queries(self, tile: _Tile, i: jax.Array) -> _Queries:
-        """The queries of step i; any of the list's where it is over."""
+        """The queries of step i, the last first; any of the list's where it is over.
+
+        From the last query on, since no key block's causal list ends before it: all CTAs work on
+        nearly the same queries at a time, whose gradients stay in the L2 cache meanwhile.
+        """
         call = self.call
-        listed, part = mosaic.divide(tile.first_step + i, call.q_parts)
-        member = jnp.int32(0)
-        if self._heads_per_list > 1:
-            member = jnp.minimum(lax.div(listed, jnp.maximum(tile.num_listed, 1)), call.group - 1)
-            listed = listed - member * tile.num_listed
-        entry = jnp.minimum(listed, self.gmem.indices.shape[-1] - 1)
-        row = self.gmem.indices[tile.list_index, entry]
+        row, part = mosaic.divide(jnp.maximum(tile.last_step - i, 0), call.q_parts)
+        listed, member = mosaic.divide(row, self._heads_per_list)
+        q_block = self.gmem.indices[tile.list_index, listed]
         if self._heads_per_list == 1:
-            member, row = mosaic.divide(row, call.num_q_blocks)
-        row0 = row * call.block_q + part * WARPGROUP_ROWS
+            q_block, member = mosaic.divide(q_block, call.group)
+        row0 = q_block * call.block_q + part * WARPGROUP_ROWS
         return _Queries(tile.kv_head * call.group + member, row0)
 
     def rows(self, gmem: Any, tile: _Tile, queries: _Queries) -> Any:

@@ -112,14 +112,6 @@ def shared_memory_bytes(config: TileConfig, head_dim: int, dtype: jnp.dtype) -> 
 VJP_WARPGROUPS = 2
 """Computing warpgroups of the backward kernel; one more loads."""
 
-VJP_LOADING_REGISTERS = 40
-"""Registers per thread of the loading warpgroup."""
-
-VJP_COMPUTING_REGISTERS = mosaic.computing_registers(
-    computing=VJP_WARPGROUPS, loading=1, loading_registers=VJP_LOADING_REGISTERS
-)
-"""Registers per thread of each computing warpgroup."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VjpConfig:
@@ -132,12 +124,14 @@ class VjpConfig:
             before this one is over.
         d_out_stages: tiles of output gradients in flight.
         swizzle_bytes: of the operands' tiles; the halves are cut in whole swizzles.
+        loading_registers: registers per thread of the loading warpgroup.
     """
 
     kv_tile: int
     q_stages: int
     d_out_stages: int
     swizzle_bytes: int
+    loading_registers: int
 
     def __post_init__(self):
         if self.kv_tile not in (64, 128):
@@ -155,12 +149,21 @@ class VjpConfig:
         """Whether the scores of the next step are begun before this one is over."""
         return self.q_stages > 1
 
+    @property
+    def computing_registers(self) -> int:
+        """Registers per thread of each computing warpgroup."""
+        return mosaic.computing_registers(
+            computing=VJP_WARPGROUPS, loading=1, loading_registers=self.loading_registers
+        )
+
 
 def vjp_config(head_dim: int, block_kv: int) -> VjpConfig:
     """The choice for a call.
 
     With head_dim 256 the sums of 64 keys fill the registers of both warpgroups, and single stages
-    the shared memory. Elsewhere queries are in use for two steps, so that a third stage loads.
+    the shared memory. Elsewhere queries are in use for two steps, so that a third stage loads; and
+    with 8 registers less for computing, ptxas would wait for each product of head_dim 128 before it
+    begins the next (C7512). Of head_dim 256 it is loading that would spill.
     """
     kv_tile = 64 if head_dim == 256 else block_kv
     return VjpConfig(
@@ -168,6 +171,7 @@ def vjp_config(head_dim: int, block_kv: int) -> VjpConfig:
         q_stages=1 if head_dim == 256 else 3,
         d_out_stages=1 if head_dim == 256 else 2,
         swizzle_bytes=128 if kv_tile == 128 and head_dim == 128 else 64,
+        loading_registers=40 if head_dim == 256 else LOADING_REGISTERS,
     )
 
 

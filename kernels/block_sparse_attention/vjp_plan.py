@@ -5,6 +5,7 @@ import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
@@ -65,14 +66,15 @@ class Call:
 
     @property
     def group_tiles(self) -> int:
-        """Tiles of the key/value heads that are worked on together.
+        """Tiles of the key/value heads that are worked on together, in groups of equal size.
 
-        They fit the L2 cache, or are enough for two rounds, which balance each other.
+        Of a group's queries, all CTAs work on about a fourth at a time, which fits the L2 cache.
         """
         bytes_per_query = 2 * 2 + 4  # queries, their gradients and those of the output
         head_bytes = bytes_per_query * self.q_len * self.group * self.head_dim
-        heads = max(mosaic.L2_BYTES // head_bytes, pl.cdiv(2 * self.num_ctas, self.num_kv_tiles))
-        return min(heads * self.num_kv_tiles, self.num_tiles)
+        heads = self.num_tiles // self.num_kv_tiles
+        groups = pl.cdiv(heads, max(4 * mosaic.L2_BYTES // head_bytes, 1))
+        return pl.cdiv(heads, groups) * self.num_kv_tiles
 
     @property
     def q_parts(self) -> int:
@@ -108,17 +110,19 @@ def transposed_lists(
 ) -> tuple[Int32[Array, "lists rows"], Int32[Array, "B kv_heads Sb"]]:
     """For each key block the rows that list and may see it: query blocks of the whole group.
 
-    The rows of a key/value head are those of its first query head, then of its second, and so on;
-    where all heads share their lists there is one.
+    A row is a query block of a query head, the heads of the first block before those of the second;
+    where all heads share their lists it is a query block.
     """
-    B, heads, _, width = kv_indices.shape
-    indices = kv_indices.reshape(B, call.mask_heads, -1, width)
-    counts = kv_num_blocks.reshape(B, call.mask_heads, -1)
-    keep = block_lists.to_dense(indices, counts, call.num_kv_blocks)
+    B, heads, num_rows, _ = kv_indices.shape
+    members = heads // call.mask_heads
+    keep = block_lists.to_dense(kv_indices, kv_num_blocks, call.num_kv_blocks)
     if call.is_causal:
-        visible = jnp.tile(_visible_blocks(call), (heads // call.mask_heads, 1))
-        keep = keep & visible[None, None]
-    q_indices, q_counts = block_lists.from_dense(jnp.swapaxes(keep, -1, -2))
+        keep = keep & _visible_blocks(call)[None, None]
+    keep = keep.reshape(B, call.mask_heads, members, num_rows, call.num_kv_blocks)
+    keep = jnp.transpose(keep, (0, 1, 4, 3, 2)).reshape(
+        B, call.mask_heads, call.num_kv_blocks, num_rows * members
+    )
+    q_indices, q_counts = block_lists.from_dense(keep)
     return q_indices.reshape(-1, q_indices.shape[-1]), q_counts
 
 
@@ -180,7 +184,9 @@ def row_statistics(
 
     An infinite log-sum-exp makes the weights of empty and of missing rows zero.
     """
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    # Summed before it is transposed: in one, XLA reads the operands at a sixth of their bandwidth.
+    delta = lax.optimization_barrier(delta) - d_lse
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * _LOG2_E)
     padding = ((0, 0), (0, call.num_q_blocks * call.block_q - call.q_len), (0, 0))
     lse = jnp.pad(lse, padding, constant_values=jnp.inf)

@@ -62,10 +62,18 @@ def compile_for_h100(
 
 
 def figures(ptxas: str) -> dict[str, int]:
-    """Registers per thread, and bytes that did not fit into them."""
+    """Registers per thread, bytes that did not fit into them, and kernels that wait in vain.
+
+    Where registers are short ptxas lets each product of the tensor cores wait for the one before.
+    """
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", ptxas)]
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", ptxas)]
-    return {"registers": max(registers), "spilled": max(spills), "kernels": len(registers)}
+    return {
+        "registers": max(registers),
+        "spilled": max(spills),
+        "serialized": ptxas.count("wgmma.mma_async instructions are serialized"),
+        "kernels": len(registers),
+    }
 
 
 def main() -> None:

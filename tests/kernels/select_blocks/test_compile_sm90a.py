@@ -24,3 +24,4 @@ def test_lowers_for_cuda(name: str):
 def test_compiles_without_a_spill(compiled: dict[str, dict[str, int]], name: str):
     assert compiled[name]["kernels"] == programs.KERNELS
     assert compiled[name]["spilled"] == 0
+    assert compiled[name]["serialized"] == 0
