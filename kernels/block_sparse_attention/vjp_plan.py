@@ -68,12 +68,12 @@ class Call:
     def group_tiles(self) -> int:
         """Tiles of the key/value heads that are worked on together, in groups of equal size.
 
-        Of a group's queries, all CTAs work on about a fourth at a time, which fits the L2 cache.
+        Of a group's queries, all CTAs work on about a half at a time, which fits the L2 cache.
         """
         bytes_per_query = 2 * 2 + 4  # queries, their gradients and those of the output
         head_bytes = bytes_per_query * self.q_len * self.group * self.head_dim
         heads = self.num_tiles // self.num_kv_tiles
-        groups = pl.cdiv(heads, max(4 * mosaic.L2_BYTES // head_bytes, 1))
+        groups = pl.cdiv(heads, max(2 * mosaic.L2_BYTES // head_bytes, 1))
         return pl.cdiv(heads, groups) * self.num_kv_tiles
 
     @property
