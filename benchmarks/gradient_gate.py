@@ -82,7 +82,7 @@ def _share(verdict: gate.Verdict) -> float:
     return np.inf if np.isnan(share) else share
 
 
-@functools.partial(jax.jit, static_argnames="block_size")
+@functools.partial(gate.jit_reference, static_argnames="block_size")
 def _references(
     q: Float[Array, "T N H"],
     k: Float[Array, "T K H"],

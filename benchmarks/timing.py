@@ -51,7 +51,7 @@ def time_call[Out](
     heat(queue)
     rounds = runs if timer == "queued" else queued_rounds(call_ms)
     queued = [queue() for _ in range(rounds)]
-    runs_ms = queued if timer == "queued" else _kernel_ms(function, operands, max(runs, calls))
+    runs_ms = queued if timer == "queued" else kernel_ms(function, operands, max(runs, calls))
     return out, Timing(runs_ms=runs_ms, queued_ms=statistics.median(queued))
 
 
@@ -74,7 +74,8 @@ def _queue_ms(function: Callable[..., Any], operands: Sequence[Any], *, calls: i
     return (time.perf_counter() - start) * 1e3 / calls
 
 
-def _kernel_ms(function: Callable[..., Any], operands: Sequence[Any], runs: int) -> list[float]:
+def kernel_ms(function: Callable[..., Any], operands: Sequence[Any], runs: int) -> list[float]:
+    """Device time of a call's kernels, in each of at least two runs."""
     _, runs_ms = profiler.measure(function, iterations=runs)(*operands)
     if runs_ms is None:
         raise RuntimeError("CUPTI reported no kernel; time with --timer queued")

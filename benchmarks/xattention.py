@@ -129,7 +129,7 @@ def judge_selection(blocks: BlockMask, *, q: Array, k: Array, strategy: XAttenti
     sampled = np.unique(np.linspace(0, num_blocks - 1, _SAMPLED_BLOCKS, dtype=int))
     listed = listed_blocks(blocks, sampled)
     worst = 0.0
-    score = jax.jit(
+    score = gate.jit_reference(
         functools.partial(
             antidiagonal_scores,
             stride=strategy.stride,

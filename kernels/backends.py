@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 
 Backend = Literal["mosaic_sm90", "cudnn", "xla"]
+Model = Literal["h100", "h200"]
 
 # The first and last ptxas that miscompile wgmma under a causal mask.
 _MISCOMPILES = ((12, 8, 61), (12, 9, 41))
@@ -34,12 +35,14 @@ class DeviceFacts:
         compute_capability: (major, minor) of an NVIDIA GPU, else None.
         multiprocessors: how many an NVIDIA GPU has, else None.
         ptxas_version: of the assembler that compiles kernels for an NVIDIA GPU, if it was found.
+        model: of a GPU for which tables of tiles are measured, else None.
     """
 
     platform: str
     compute_capability: tuple[int, int] | None
     multiprocessors: int | None = None
     ptxas_version: tuple[int, int, int] | None = None
+    model: Model | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +92,18 @@ def device_facts(*operands: jax.Array) -> DeviceFacts:
         compute_capability=(int(major), int(minor)),
         multiprocessors=device.core_count,
         ptxas_version=_ptxas_version(_ptxas()),
+        model=_model(device.device_kind),
     )
 
 
 def multiprocessors(*operands: jax.Array) -> int:
     """Those of the device that will run; of an H100 where there is none, as when only lowering."""
     return device_facts(*operands).multiprocessors or 132
+
+
+def device_model(*operands: jax.Array) -> Model | None:
+    """Whose measured tiles hold; None where the rules do, as when only lowering or interpreting."""
+    return device_facts(*operands).model
 
 
 def choose[Facts](
@@ -123,6 +132,12 @@ def _device(*operands: jax.Array) -> jax.Device:  # pyright: ignore[reportInvali
             return next(iter(operand.devices()))
     default = jax.config.jax_default_device
     return default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]
+
+
+def _model(device_kind: str) -> Model | None:
+    """Of "NVIDIA H100 80GB HBM3" h100; of a GH200 none."""
+    words = device_kind.lower().split()
+    return next((model for model in get_args(Model) if model in words), None)
 
 
 def _ptxas() -> str | None:

@@ -17,6 +17,8 @@ from jaxtyping import Array, Float, Int32
 WARPGROUP_ROWS = 64
 """Rows of the matrix that one wgmma instruction computes."""
 
+WARPGROUP_THREADS = 128
+
 SHARED_MEMORY_BYTES = 227 * 1024
 """Shared memory that one CTA of compute capability 9.0 can have."""
 
@@ -27,6 +29,9 @@ L2_BYTES = 32 * 2**20
 """What is worked on together should fit here: about two thirds of the L2 cache of an H100."""
 
 _SWIZZLE_BYTES = 128
+
+# Beside its sums: the left operand, addresses. ptxas asks for 94 where the sums are 64.
+_WGMMA_OTHERS = 30
 
 
 def tiles(shape: tuple[int, ...], dtype: jnp.dtype, swizzle_bytes: int = _SWIZZLE_BYTES) -> Any:
@@ -42,15 +47,33 @@ def tiles(shape: tuple[int, ...], dtype: jnp.dtype, swizzle_bytes: int = _SWIZZL
     return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
 
 
+def starting_registers(warpgroups: int) -> int:
+    """Registers per thread that the warpgroups of a CTA start with: equal shares, in eights."""
+    return REGISTERS // warpgroups // 8 * 8
+
+
 def computing_registers(*, computing: int, loading: int, loading_registers: int) -> int:
     """Registers per thread of each computing warpgroup: what the loading ones leave.
 
-    The warpgroups of a CTA start with equal shares of the registers, in eights. Only these can be
-    shared out again: a warpgroup that asks for more than is left waits for ever.
+    Only those that the warpgroups start with can be shared out again: a warpgroup that asks for
+    more than is left waits for ever.
     """
     warpgroups = computing + loading
-    shared = warpgroups * (REGISTERS // warpgroups // 8 * 8)
+    shared = warpgroups * starting_registers(warpgroups)
     return min((shared - loading * loading_registers) // computing, 248) // 8 * 8
+
+
+def product_registers(columns: int, itemsize: int = 4) -> int:
+    """Registers per thread for 64 rows of so many columns, as one warpgroup holds them."""
+    return WARPGROUP_ROWS * columns * itemsize // (4 * WARPGROUP_THREADS)
+
+
+def can_multiply(columns: int, warpgroups: int) -> bool:
+    """Whether warpgroups start with the registers of one wgmma that is so many columns wide.
+
+    What they get later does not count: ptxas refuses the instruction (C7602).
+    """
+    return product_registers(columns) + _WGMMA_OTHERS <= starting_registers(warpgroups)
 
 
 def accumulator(columns: int) -> Any:
@@ -219,7 +242,7 @@ def ring_barriers(slots: int, *, consumers: int = 1) -> tuple[plgpu.Barrier, plg
 
 
 def bytes_of(scratch: object) -> int:
-    """Shared memory that a pytree of scratch types takes."""
+    """Shared memory that a pytree of scratch types takes; arrays take whole KiB."""
     leaves = jax.tree.leaves(scratch, is_leaf=lambda x: isinstance(x, plgpu.Barrier))
     return sum(_bytes(leaf) for leaf in leaves)
 
@@ -227,4 +250,4 @@ def bytes_of(scratch: object) -> int:
 def _bytes(leaf: Any) -> int:
     if isinstance(leaf, plgpu.Barrier):
         return 8 * math.prod(leaf.get_ref_aval().shape)
-    return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+    return pl.cdiv(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize, 1024) * 1024

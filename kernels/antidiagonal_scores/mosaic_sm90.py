@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float16, Float32, Int32
 
 from sparseattn_jax.kernels.antidiagonal_scores import fold_sm90, tiling
-from sparseattn_jax.kernels.backends import hopper_refusal, multiprocessors
+from sparseattn_jax.kernels.backends import device_model, hopper_refusal, multiprocessors
 from sparseattn_jax.kernels.mosaic import WARPGROUP_ROWS, Ring, accumulator, columns_before, divide
 
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
@@ -51,7 +51,15 @@ def refusal(facts: tiling.CallFacts) -> str | None:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("stride", "block_size", "is_causal", "q_blocks", "workspace_bytes")
+    jax.jit,
+    static_argnames=(
+        "stride",
+        "block_size",
+        "is_causal",
+        "q_blocks",
+        "workspace_bytes",
+        "config",
+    ),
 )
 def run(
     q: Float[Array, "B T N H"],
@@ -63,15 +71,15 @@ def run(
     is_causal: bool,
     q_blocks: tuple[int, int],
     workspace_bytes: int,
+    config: tiling.TileConfig | None = None,
 ) -> Float32[Array, "B N rows Sb"]:
-    """Block sums; the arguments are those of the op.
+    """Block sums; the arguments are those of the op, and tiles if not those of its choice.
 
     Lengths that are no multiple of 8 * stride cost a copy of the arrays concerned, and so do
     kv_lengths: partial groups must hold zeros.
     """
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
-    config = tile_config()
     call = tiling.Call(
         q_len=T,
         kv_len=S,
@@ -83,7 +91,7 @@ def run(
         block_size=block_size,
         is_causal=is_causal,
         multiprocessors=multiprocessors(q, k),
-        config=config,
+        config=config or tiling.tile_config(stride * H, device_model(q, k)),
     )
     lengths = jnp.full((B,), S, jnp.int32) if kv_lengths is None else kv_lengths
     q_lengths = jnp.minimum(T, lengths - (S - T)) if is_causal else None
@@ -118,11 +126,6 @@ def run(
     scores = scores[:, :, early:num_blocks, : pl.cdiv(S, block_size)]
     unseen = pl.cdiv(S, block_size) - scores.shape[-1]
     return jnp.pad(scores, ((0, 0), (0, 0), (0, 0), (0, unseen))) if unseen else scores
-
-
-def tile_config() -> tiling.TileConfig:
-    """The choice for every call."""
-    return tiling.TileConfig()
 
 
 def _views(

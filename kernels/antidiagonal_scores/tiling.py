@@ -11,7 +11,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32
 
 from sparseattn_jax.kernels import mosaic
-from sparseattn_jax.kernels.backends import DeviceFacts
+from sparseattn_jax.kernels.antidiagonal_scores.tile_table import TABLES
+from sparseattn_jax.kernels.backends import DeviceFacts, Model
+from sparseattn_jax.kernels.tile_tables import measured_or
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,12 @@ class CallFacts:
     stride: int
     block_size: int
 
+
+HEAD_DIMS, STRIDES, BLOCK_SIZES = (64, 128, 256), (4, 8, 16), (64, 128)
+"""Those that the kernels take."""
+
+KEYS = tuple((depth,) for depth in sorted({h * s for h in HEAD_DIMS for s in STRIDES}))
+"""What the tiles depend on: stride * head_dim, the depth of the product."""
 
 LOADING_REGISTERS = 24
 """Registers per thread of the loading warpgroup, the fewest that there can be."""
@@ -82,6 +90,50 @@ class TileConfig:
         return mosaic.computing_registers(
             computing=_COMPUTING, loading=1, loading_registers=LOADING_REGISTERS
         )
+
+
+def tile_config(depth: int, model: Model | None = None) -> TileConfig:
+    """The choice for a product of that depth on this model of device: measured, or the rule's."""
+    return measured_or(tile_rule(depth), TABLES["antidiagonal_scores"], model, depth)
+
+
+def tile_rule(depth: int) -> TileConfig:
+    """The choice where nothing was measured: the same for every depth."""
+    del depth
+    return TileConfig()
+
+
+def candidates(depth: int) -> list[TileConfig]:
+    """The configs worth measuring, the rule's first; every one can be launched.
+
+    Each differs from the rule's in one respect.
+    """
+    rule = tile_rule(depth)
+    changes: tuple[dict[str, int], ...] = (
+        {"lead": 0},
+        {"band": 4},
+        {"band": 16},
+        {"cluster": 1},
+        {"columns": 128, "stages": 6},
+    )
+    configs = (dataclasses.replace(rule, **change) for change in changes)
+    return [rule, *(x for x in configs if can_launch(x, depth))]
+
+
+def can_launch(config: TileConfig, depth: int) -> bool:
+    """Whether tiles of key blocks are whole, and shared memory and registers suffice.
+
+    In all calls of that depth; beside its sums a thread holds the weights of some columns only.
+    """
+    strides = [depth // head_dim for head_dim in HEAD_DIMS if depth // head_dim in STRIDES]
+    widths = [config.columns * s // block for s in strides for block in BLOCK_SIZES]
+    dtype = jnp.dtype(jnp.bfloat16)
+    return (
+        all(width % 8 == 0 for width in widths)
+        and shared_memory_bytes(config, max(widths), dtype) <= mosaic.SHARED_MEMORY_BYTES
+        and mosaic.product_registers(config.columns) + 96 <= config.computing_registers
+        and mosaic.can_multiply(config.columns, config.threads)
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,9 +30,8 @@ _FORWARD: Mapping[Backend, Implementation[CallFacts]] = {
     "xla": Implementation(xla.run, never_refuses),
 }
 _BACKWARD: Mapping[Backend, Implementation[CallFacts]] = {
-    "xla": Implementation(xla.run_vjp, never_refuses),
-    # Last, so by name only, until it has been seen to run on a GPU.
     "mosaic_sm90": Implementation(mosaic_sm90_vjp.run, mosaic_sm90_vjp.refusal),
+    "xla": Implementation(xla.run_vjp, never_refuses),
 }
 
 
@@ -72,9 +71,8 @@ def block_sparse_attention(
             its own, that one included. A head whose recent size is S has no window. Full,
             block-sparse and streaming heads are one call: full ones list every block, streaming
             ones those of their sinks and windows.
-        backend: what runs, forward and backward; by default the best forward, and `xla` backward.
-            The last bits of q's gradient by `mosaic_sm90` may differ from run to run; those of
-            `xla` never do.
+        backend: what runs, forward and backward; by default the best that can. The last bits of
+            q's gradient by `mosaic_sm90` may differ from run to run; those of `xla` never do.
 
     Returns:
         The output in q's dtype, and the natural log-sum-exp of the scaled logits.

@@ -26,7 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from sparseattn_jax.kernels import mosaic
-from sparseattn_jax.kernels.backends import multiprocessors
+from sparseattn_jax.kernels.backends import device_model, multiprocessors
 from sparseattn_jax.kernels.block_sparse_attention import mosaic_sm90, tiling, vjp_plan
 from sparseattn_jax.kernels.block_sparse_attention.mosaic_sm90 import Window
 from sparseattn_jax.kernels.block_sparse_attention.vjp_plan import PIECES, Call
@@ -61,6 +61,7 @@ def run(
     block_kv: int,
     is_causal: bool,
     scale: float,
+    config: tiling.VjpConfig | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """Gradients of q, k and v, for calls that `refusal` lets through.
 
@@ -70,7 +71,7 @@ def run(
     del segment_ids
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
-    config = tiling.vjp_config(H, block_kv)
+    config = config or tiling.vjp_config(H, block_kv, device_model(q, k, v))
     call = Call(
         q_len=T,
         kv_len=S,

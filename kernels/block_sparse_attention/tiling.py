@@ -1,13 +1,16 @@
 """Facts of a block-sparse attention call, and the tiles that its kernels choose for them."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparseattn_jax.kernels import mosaic
-from sparseattn_jax.kernels.backends import DeviceFacts
+from sparseattn_jax.kernels.backends import DeviceFacts, Model
+from sparseattn_jax.kernels.block_sparse_attention.tile_table import TABLES
+from sparseattn_jax.kernels.tile_tables import measured_or
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +24,12 @@ class CallFacts:
     block_kv: int
     has_segment_ids: bool
 
+
+KEYS = tuple(itertools.product((64, 128, 256), (64, 128), (64, 128)))
+"""What the forward's tiles depend on: head_dim, block_q and block_kv."""
+
+VJP_KEYS = tuple(itertools.product((64, 128, 256), (64, 128)))
+"""What the backward's tiles depend on: head_dim and block_kv."""
 
 LOADING_REGISTERS = 24
 """Registers per thread of a loading warpgroup, the fewest that there can be."""
@@ -69,8 +78,16 @@ class TileConfig:
         )
 
 
-def tile_config(head_dim: int, block_q: int, block_kv: int) -> TileConfig:
-    """The choice for a call.
+def tile_config(
+    head_dim: int, block_q: int, block_kv: int, model: Model | None = None
+) -> TileConfig:
+    """The choice for a call on this model of device: measured, or else the rule's."""
+    key = head_dim, block_q, block_kv
+    return measured_or(tile_rule(*key), TABLES["block_sparse_attention"], model, *key)
+
+
+def tile_rule(head_dim: int, block_q: int, block_kv: int) -> TileConfig:
+    """The choice for a call where nothing was measured.
 
     A query block of 128 is one worker with two warpgroups.
     Query blocks of 64 have lists of their own, so two workers of one warpgroup share a CTA; with
@@ -85,6 +102,51 @@ def tile_config(head_dim: int, block_q: int, block_kv: int) -> TileConfig:
         v_stages=2,
         queries_in_registers=head_dim < 256,
     )
+
+
+def candidates(head_dim: int, block_q: int, block_kv: int) -> list[TileConfig]:
+    """The configs worth measuring for a call, the rule's first; every one can be launched.
+
+    Each differs from the rule's in one respect, or in two that share memory.
+    """
+    rule = tile_rule(head_dim, block_q, block_kv)
+    changes: tuple[dict[str, int], ...] = (
+        {"k_stages": 3},
+        {"k_stages": 3, "v_stages": 3},
+        {"queries_in_registers": not rule.queries_in_registers},
+        {"kv_tile": 64},
+        {"kv_tile": 64, "k_stages": 3, "v_stages": 3},
+        {"kv_tile": 128},
+        {"workers": 1},
+        {"workers": 3},
+    )
+    configs = (dataclasses.replace(rule, **change) for change in changes)
+    legal = (x for x in configs if block_kv % x.kv_tile == 0 and can_launch(x, head_dim))
+    return list(dict.fromkeys((rule, *legal)))
+
+
+def can_launch(config: TileConfig, head_dim: int) -> bool:
+    """Whether shared memory and registers suffice."""
+    used = shared_memory_bytes(config, head_dim, jnp.dtype(jnp.bfloat16))
+    return (
+        used <= mosaic.SHARED_MEMORY_BYTES
+        and registers(config, head_dim) <= config.computing_registers
+        and mosaic.can_multiply(max(head_dim, config.kv_tile), config.threads)
+    )
+
+
+def registers(config: TileConfig, head_dim: int) -> int:
+    """Those that a thread of a computing warpgroup needs, so that ptxas spills none.
+
+    The values, the scores, the weights of the tile before, perhaps the queries; and others, of
+    which more with the tile, as ptxas has it of sizes that do and do not spill.
+    """
+    tile = config.kv_tile
+    held = mosaic.product_registers(head_dim) + mosaic.product_registers(tile)
+    held += mosaic.product_registers(tile, itemsize=2)
+    if config.queries_in_registers:
+        held += mosaic.product_registers(head_dim, itemsize=2)
+    return held + 32 + tile // 8
 
 
 def scratch(config: TileConfig, head_dim: int, dtype: jnp.dtype) -> dict[str, Any]:
@@ -157,8 +219,14 @@ class VjpConfig:
         )
 
 
-def vjp_config(head_dim: int, block_kv: int) -> VjpConfig:
-    """The choice for a call.
+def vjp_config(head_dim: int, block_kv: int, model: Model | None = None) -> VjpConfig:
+    """The choice for a call on this model of device: measured, or else the rule's."""
+    key = head_dim, block_kv
+    return measured_or(vjp_rule(*key), TABLES["block_sparse_attention_vjp"], model, *key)
+
+
+def vjp_rule(head_dim: int, block_kv: int) -> VjpConfig:
+    """The choice for a call where nothing was measured.
 
     With head_dim 256 the sums of 64 keys fill the registers of both warpgroups, and single stages
     the shared memory. Elsewhere queries are in use for two steps, so that a third stage loads; and
@@ -170,9 +238,46 @@ def vjp_config(head_dim: int, block_kv: int) -> VjpConfig:
         kv_tile=kv_tile,
         q_stages=1 if head_dim == 256 else 3,
         d_out_stages=1 if head_dim == 256 else 2,
-        swizzle_bytes=128 if kv_tile == 128 and head_dim == 128 else 64,
+        swizzle_bytes=_vjp_swizzle_bytes(kv_tile, head_dim),
         loading_registers=40 if head_dim == 256 else LOADING_REGISTERS,
     )
+
+
+def vjp_candidates(head_dim: int, block_kv: int) -> list[VjpConfig]:
+    """The configs worth measuring for a call, the rule's first; every one can be launched."""
+    rule = vjp_rule(head_dim, block_kv)
+    changes: tuple[dict[str, int], ...] = (
+        {"q_stages": 2},
+        {"q_stages": 2, "d_out_stages": 3},
+        {"d_out_stages": 3},
+        {"kv_tile": 64, "swizzle_bytes": _vjp_swizzle_bytes(64, head_dim)},
+    )
+    configs = (dataclasses.replace(rule, **change) for change in changes)
+    legal = (x for x in configs if block_kv % x.kv_tile == 0 and vjp_can_launch(x, head_dim))
+    return list(dict.fromkeys((rule, *legal)))
+
+
+def vjp_can_launch(config: VjpConfig, head_dim: int) -> bool:
+    """Whether shared memory and registers suffice."""
+    used = vjp_shared_memory_bytes(config, head_dim, jnp.dtype(jnp.bfloat16))
+    return (
+        used <= mosaic.SHARED_MEMORY_BYTES
+        and vjp_registers(config, head_dim) <= config.computing_registers
+    )
+
+
+def vjp_registers(config: VjpConfig, head_dim: int) -> int:
+    """Those that a thread of a computing warpgroup needs, so that ptxas spills none.
+
+    The sums of its part of dk and dv, its part of the weights and of their gradients; and others.
+    """
+    threads = VJP_WARPGROUPS * mosaic.WARPGROUP_THREADS
+    held = 2 * config.kv_tile * (head_dim + mosaic.WARPGROUP_ROWS) // threads
+    return held + 48
+
+
+def _vjp_swizzle_bytes(kv_tile: int, head_dim: int) -> int:
+    return 128 if kv_tile == 128 and head_dim == 128 else 64
 
 
 def vjp_scratch(config: VjpConfig, head_dim: int, dtype: jnp.dtype) -> dict[str, Any]:

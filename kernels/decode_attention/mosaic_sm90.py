@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from sparseattn_jax.kernels import mosaic
-from sparseattn_jax.kernels.backends import hopper_refusal, multiprocessors
+from sparseattn_jax.kernels.backends import device_model, hopper_refusal, multiprocessors
 from sparseattn_jax.kernels.decode_attention import tiling
 from sparseattn_jax.kernels.mosaic import WARPGROUP_ROWS, Ring
 
@@ -71,14 +71,15 @@ def run(
     *,
     block_kv: int | None,
     scale: float,
+    config: tiling.TileConfig | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]:
-    """The op of this folder, for calls that `refusal` lets through.
+    """The op of this folder, for calls that `refusal` lets through; by default tiles of its choice.
 
     Query heads that are no multiple of 8 cost a copy of q.
     """
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
-    config = tiling.tile_config(H, block_kv)
+    config = config or tiling.tile_config(H, block_kv, device_model(q, k, v))
     call = _Call(
         batch=B,
         q_len=T,

@@ -1,13 +1,16 @@
 """Facts of a decode attention call, and the tiles that its kernels choose for them."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparseattn_jax.kernels import mosaic
-from sparseattn_jax.kernels.backends import DeviceFacts
+from sparseattn_jax.kernels.backends import DeviceFacts, Model
+from sparseattn_jax.kernels.decode_attention.tile_table import TABLES
+from sparseattn_jax.kernels.tile_tables import measured_or
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,9 @@ class CallFacts:
     capacity: int
     block_kv: int | None
 
+
+KEYS = tuple(itertools.product((64, 128, 256), (None, 64, 128)))
+"""What the tiles depend on: head_dim and block_kv, None without lists."""
 
 LOADING_REGISTERS = 72
 """Registers per thread of a loading warpgroup; with 56 the search for its share spills."""
@@ -78,17 +84,55 @@ class TileConfig:
         return (self.stages + 1) // 2 + 1
 
 
-def tile_config(head_dim: int, block_kv: int | None) -> TileConfig:
-    """The choice for a call: as many tiles in flight as shared memory holds.
+def tile_config(head_dim: int, block_kv: int | None, model: Model | None = None) -> TileConfig:
+    """The choice for a call on this model of device: measured, or else the rule's."""
+    key = head_dim, block_kv
+    return measured_or(tile_rule(*key), TABLES["decode_attention"], model, *key)
 
-    Bandwidth wants bytes in flight; two workers hide the products and softmax of one another. With
-    head_dim 256 the registers suffice for one.
+
+def tile_rule(head_dim: int, block_kv: int | None) -> TileConfig:
+    """The choice for a call where nothing was measured: two workers, and tiles of 16 KiB.
+
+    Two workers hide the products and softmax of one another. With head_dim 256 the registers
+    suffice for one.
     """
-    config = TileConfig(
-        workers=1 if head_dim == 256 else 2,
-        kv_tile=min(128, block_kv or 128) if head_dim == 64 else 64,
-        stages=2,
+    workers = 1 if head_dim == 256 else 2
+    return _deepest(head_dim, workers, min(128, block_kv or 128) if head_dim == 64 else 64)
+
+
+def candidates(head_dim: int, block_kv: int | None) -> list[TileConfig]:
+    """The configs worth measuring for a call, the rule's first; every one can be launched."""
+    configs = (
+        _deepest(head_dim, workers, kv_tile)
+        for workers, kv_tile in itertools.product((1, 2, 3), (64, 128))
+        if (block_kv or 128) % kv_tile == 0
     )
+    legal = (x for x in configs if can_launch(x, head_dim))
+    return list(dict.fromkeys((tile_rule(head_dim, block_kv), *legal)))
+
+
+def can_launch(config: TileConfig, head_dim: int) -> bool:
+    """Whether shared memory and registers suffice."""
+    return (
+        shared_memory_bytes(config, head_dim) <= mosaic.SHARED_MEMORY_BYTES
+        and registers(config, head_dim) <= config.computing_registers
+        and mosaic.can_multiply(max(head_dim, config.kv_tile), config.threads)
+    )
+
+
+def registers(config: TileConfig, head_dim: int) -> int:
+    """Those that a thread of a computing warpgroup needs, so that ptxas spills none.
+
+    The values, the scores and their weights; and others, of which more with the tile.
+    """
+    tile = config.kv_tile
+    held = mosaic.product_registers(head_dim) + mosaic.product_registers(tile)
+    return held + mosaic.product_registers(tile, itemsize=2) + 32 + tile // 8
+
+
+def _deepest(head_dim: int, workers: int, kv_tile: int) -> TileConfig:
+    """As many tiles in flight as shared memory holds: bandwidth wants bytes in flight."""
+    config = TileConfig(workers=workers, kv_tile=kv_tile, stages=2)
     while True:
         deeper = dataclasses.replace(config, stages=config.stages + 1)
         if shared_memory_bytes(deeper, head_dim) > mosaic.SHARED_MEMORY_BYTES:

@@ -23,9 +23,8 @@ from sparseattn_jax.kernels.backends import (
 from sparseattn_jax.kernels.select_blocks import mosaic_sm90, xla
 
 _TABLE: Mapping[Backend, Implementation[mosaic_sm90.CallFacts]] = {
-    "xla": Implementation(xla.run, never_refuses),
-    # Last, so by name only, until it has been seen to run on a GPU.
     "mosaic_sm90": Implementation(mosaic_sm90.run, mosaic_sm90.refusal),
+    "xla": Implementation(xla.run, never_refuses),
 }
 
 

@@ -29,13 +29,12 @@ from sparseattn_jax.kernels.streaming_attention import mosaic_sm90, xla
 from sparseattn_jax.kernels.streaming_attention.tiling import CallFacts
 
 _FORWARD: Mapping[Backend, Implementation[CallFacts]] = {
-    "xla": Implementation(xla.run, never_refuses),
-    # Last, so by name only, until it has been seen to run on a GPU.
     "mosaic_sm90": Implementation(mosaic_sm90.run, mosaic_sm90.refusal),
+    "xla": Implementation(xla.run, never_refuses),
 }
 _BACKWARD: Mapping[Backend, Implementation[CallFacts]] = {
-    "xla": Implementation(xla.run_vjp, never_refuses),
     "mosaic_sm90": Implementation(mosaic_sm90.run_vjp, mosaic_sm90.refusal),
+    "xla": Implementation(xla.run_vjp, never_refuses),
 }
 
 
@@ -69,8 +68,8 @@ def streaming_attention(
         kv_lengths: valid keys of each sequence, by default all. What follows in k and v is
             padding, which may hold any finite value.
         scale: factor of the logits, by default H ** -0.5.
-        backend: what runs, forward and backward; by default `xla`. The last bits of q's gradient
-            by `mosaic_sm90` may differ from run to run; those of `xla` never do.
+        backend: what runs, forward and backward; by default the best that can. The last bits of
+            q's gradient by `mosaic_sm90` may differ from run to run; those of `xla` never do.
 
     Returns:
         The output in q's dtype, and the natural log-sum-exp of the scaled logits.

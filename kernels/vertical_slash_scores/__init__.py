@@ -33,9 +33,8 @@ from sparseattn_jax.kernels.vertical_slash_scores import mosaic_sm90, xla
 from sparseattn_jax.kernels.vertical_slash_scores.tiling import CallFacts
 
 _TABLE: Mapping[Backend, Implementation[CallFacts]] = {
-    "xla": Implementation(xla.run, never_refuses),
-    # Last, so by name only, until it has been seen to run on a GPU.
     "mosaic_sm90": Implementation(mosaic_sm90.run, mosaic_sm90.refusal),
+    "xla": Implementation(xla.run, never_refuses),
 }
 
 

@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from sparseattn_jax.kernels import mosaic
-from sparseattn_jax.kernels.backends import hopper_refusal, multiprocessors
+from sparseattn_jax.kernels.backends import device_model, hopper_refusal, multiprocessors
 from sparseattn_jax.kernels.last_queries import last_queries
 from sparseattn_jax.kernels.mosaic import WARPGROUP_ROWS, Ring
 from sparseattn_jax.kernels.vertical_slash_scores import tiling
@@ -47,7 +47,7 @@ def refusal(facts: tiling.CallFacts) -> str | None:
     return None
 
 
-@functools.partial(jax.jit, static_argnames=("num_queries", "workspace_bytes"))
+@functools.partial(jax.jit, static_argnames=("num_queries", "workspace_bytes", "config"))
 def run(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -55,22 +55,26 @@ def run(
     *,
     num_queries: int,
     workspace_bytes: int,
+    config: tiling.TileConfig | None = None,
 ) -> tuple[Float32[Array, "B N S"], Float32[Array, "B N S"]]:
-    """Sums per key and per distance; the arguments are those of the op.
+    """Sums per key and per distance; the arguments are those of the op, and tiles.
 
     No part of P leaves a multiprocessor, so that any workspace suffices. Keys that are no multiple
     of 8 cost a copy of k.
     """
     del workspace_bytes
     kv_len, kv_heads = k.shape[1:3]
+    group, head_dim = q.shape[2] // kv_heads, q.shape[3]
+    row_tiles = group * num_queries // WARPGROUP_ROWS
     call = tiling.Call(
         batch=q.shape[0],
         kv_len=kv_len,
         kv_heads=kv_heads,
-        group=q.shape[2] // kv_heads,
-        head_dim=q.shape[3],
+        group=group,
+        head_dim=head_dim,
         num_queries=num_queries,
         multiprocessors=multiprocessors(q, k),
+        config=config or tiling.tile_config(head_dim, row_tiles, device_model(q, k)),
     )
     queries, is_valid, stops = _rows(call, q, kv_lengths)
     k = mosaic.whole_tiles(k)

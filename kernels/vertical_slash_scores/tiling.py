@@ -1,6 +1,7 @@
 """Facts of a vertical and slash scoring call, and the tiles that its Hopper kernels choose."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,7 +9,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sparseattn_jax.kernels import mosaic
-from sparseattn_jax.kernels.backends import DeviceFacts
+from sparseattn_jax.kernels.backends import DeviceFacts, Model
+from sparseattn_jax.kernels.tile_tables import measured_or
+from sparseattn_jax.kernels.vertical_slash_scores.tile_table import TABLES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,6 +23,9 @@ class CallFacts:
     head_dim: int
     num_queries: int
 
+
+TABLE_KEYS = tuple(itertools.product((64, 128, 256), (False, True)))
+"""What the tiles depend on: head_dim, and whether a kv head's tiles of query rows are even."""
 
 LOADING_REGISTERS = 24
 """Registers per thread of the loading warpgroup, the fewest that there can be."""
@@ -67,19 +73,40 @@ class TileConfig:
         )
 
 
-def tile_config(head_dim: int, row_tiles: int) -> TileConfig:
+def tile_config(head_dim: int, row_tiles: int, model: Model | None = None) -> TileConfig:
     """The choice for a call with so many tiles of query rows per kv head.
+
+    It is that measured on this model of device, or else the rule's.
+    """
+    key = head_dim, row_tiles % 2 == 0
+    return measured_or(tile_rule(*key), TABLES["vertical_slash_scores"], model, *key)
+
+
+def tile_rule(head_dim: int, is_even: bool) -> TileConfig:
+    """The choice for a call where nothing was measured.
 
     Two warpgroups hide the products and the sums of one another; with head_dim 256 shared memory
     suffices for one.
     """
-    config = TileConfig(workers=1 if head_dim == 256 or row_tiles % 2 else 2, stages=1)
-    while config.stages < _MOST_STAGES:
-        deeper = dataclasses.replace(config, stages=config.stages + 1)
-        if shared_memory_bytes(deeper, head_dim) > mosaic.SHARED_MEMORY_BYTES:
-            break
-        config = deeper
-    return config
+    workers = 2 if is_even and head_dim < 256 else 1
+    return next(x for x in _by_depth(workers) if can_launch(x, head_dim))
+
+
+def candidates(head_dim: int, is_even: bool) -> list[TileConfig]:
+    """The configs worth measuring for a call, the rule's first; every one can be launched."""
+    rule = tile_rule(head_dim, is_even)
+    configs = (*_by_depth(rule.workers), *_by_depth(1))
+    legal = (x for x in configs if can_launch(x, head_dim))
+    return list(dict.fromkeys((rule, *legal)))
+
+
+def can_launch(config: TileConfig, head_dim: int) -> bool:
+    """Whether shared memory suffices; registers do, for scores of one tile at a time."""
+    return shared_memory_bytes(config, head_dim) <= mosaic.SHARED_MEMORY_BYTES
+
+
+def _by_depth(workers: int) -> list[TileConfig]:
+    return [TileConfig(workers=workers, stages=stages) for stages in range(_MOST_STAGES, 1, -1)]
 
 
 def scratch(
@@ -118,10 +145,7 @@ class Call:
     head_dim: int
     num_queries: int
     multiprocessors: int
-
-    @property
-    def config(self) -> TileConfig:
-        return tile_config(self.head_dim, self.row_tiles)
+    config: TileConfig
 
     @property
     def parts(self) -> int:

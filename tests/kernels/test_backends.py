@@ -15,6 +15,7 @@ from sparseattn_jax.kernels.backends import (
     UnsupportedError,
     choose,
     device_facts,
+    device_model,
     never_refuses,
 )
 
@@ -96,7 +97,12 @@ def test_ptxas_on_the_path_comes_before_that_of_cuda_home(
 
 
 def test_facts_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path):
-    gpu = types.SimpleNamespace(platform="gpu", compute_capability="9.0", core_count=132)
+    gpu = types.SimpleNamespace(
+        platform="gpu",
+        compute_capability="9.0",
+        core_count=132,
+        device_kind="NVIDIA H100 80GB HBM3",
+    )
     monkeypatch.setattr(backends, "_device", lambda *_: gpu)
     write_ptxas(tmp_path, "V12.9.86")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
@@ -105,4 +111,22 @@ def test_facts_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path)
         compute_capability=(9, 0),
         multiprocessors=132,
         ptxas_version=(12, 9, 86),
+        model="h100",
     )
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "model"),
+    [
+        ("NVIDIA H100 PCIe", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA B200", None),
+    ],
+)
+def test_models_with_tables(device_kind: str, model: str | None):
+    assert backends._model(device_kind) == model
+
+
+def test_without_a_gpu_the_rules_hold():
+    assert device_model(jnp.zeros(1)) is None

@@ -81,7 +81,7 @@ SMALL = Case(T=300, S=300, H=128)  # eight steps in four stages
     ids=str,
 )
 def test_other_tiles(monkeypatch: pytest.MonkeyPatch, config: TileConfig):
-    monkeypatch.setattr(mosaic_sm90, "tile_config", lambda: config)
+    monkeypatch.setattr(tiling, "tile_config", lambda *_: config)
     check(SMALL)
 
 
@@ -112,7 +112,7 @@ def test_a_faulty_ring_is_seen(monkeypatch: pytest.MonkeyPatch, fault: type[Ring
     def ring(config: TileConfig, slots: Any, filled: Any, freed: Any) -> Ring:
         return fault(slots=slots, filled=filled, freed=freed, stages=config.stages)
 
-    monkeypatch.setattr(mosaic_sm90, "tile_config", lambda: TileConfig(cluster=1))
+    monkeypatch.setattr(tiling, "tile_config", lambda *_: TileConfig(cluster=1))
     monkeypatch.setattr(mosaic_sm90, "_ring", ring)
     assert is_seen(SMALL)
 

@@ -212,15 +212,11 @@ def test_shared_memory_suffices_for_tiles_in_flight(head_dim: int, row_tiles: in
     assert tiling.shared_memory_bytes(config, head_dim) <= SHARED_MEMORY_BYTES
 
 
-REFERENCE = Call(
-    batch=1,
-    kv_len=2**17,
-    kv_heads=8,
-    group=4,
-    head_dim=128,
-    num_queries=64,
-    multiprocessors=132,
-)
+def reference_call(**change: int) -> Call:
+    """A call of the reference shape, but for what changes; with the rule's tiles."""
+    sizes = {"batch": 1, "kv_len": 2**17, "kv_heads": 8, "group": 4, "num_queries": 64} | change
+    config = tiling.tile_config(128, sizes["group"] * sizes["num_queries"] // 64)
+    return Call(**sizes, head_dim=128, multiprocessors=132, config=config)
 
 
 @pytest.mark.parametrize(
@@ -236,11 +232,11 @@ REFERENCE = Call(
     ids=str,
 )
 def test_ranges_fill_the_multiprocessors(change: dict, grid: tuple[int, int, int]):
-    assert dataclasses.replace(REFERENCE, **change).grid == grid
+    assert reference_call(**change).grid == grid
 
 
 @pytest.mark.parametrize("kv_len", [1, 128, 5000, 2**17])
 def test_ranges_cover_the_keys(kv_len: int):
-    call = dataclasses.replace(REFERENCE, kv_len=kv_len, batch=3, group=7)
+    call = reference_call(kv_len=kv_len, batch=3, group=7)
     assert (call.ranges - 1) * call.tiles_per_range < call.tiles
     assert call.ranges * call.tiles_per_range >= call.tiles
