@@ -6,7 +6,9 @@ count repeat the row's first index (0 if the row is empty), so that a prefetch o
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32, Num, UInt32
+
+_SIGN_BIT = 1 << 31
 
 
 def from_dense(
@@ -50,14 +52,48 @@ def transpose(
 
 
 def keep_highest(
-    scores: Float[Array, "*batch rows cols"], keep: Bool[Array, "*batch rows cols"], width: int
+    scores: Float[Array, "*batch rows cols"],
+    keep: Bool[Array, "*batch rows cols"],
+    width: int | Int32[Array, "*batch rows"],
 ) -> Bool[Array, "*batch rows cols"]:
     """Of each row's kept columns the `width` highest-scored; among equals the lower column."""
-    if width >= keep.shape[-1]:
-        return keep
-    order = jnp.argsort(jnp.where(keep, -scores, jnp.inf), axis=-1, stable=True)
-    rank = jnp.argsort(order, axis=-1)
-    return keep & (rank < width)
+    scores = scores.astype(jnp.float32)
+    scores = jnp.where(scores == 0.0, 0.0, scores)  # -0.0 ranks like 0.0
+    bits = lax.bitcast_convert_type(scores, jnp.uint32)
+    rank = jnp.where(scores < 0.0, ~bits, bits | jnp.uint32(_SIGN_BIT))
+    room = jnp.broadcast_to(jnp.asarray(width, jnp.int32), rank.shape[:-1])
+    return shortest_prefix(rank, keep, keep.astype(jnp.int32), room)
+
+
+def shortest_prefix(
+    rank: UInt32[Array, "*batch rows cols"],
+    candidates: Bool[Array, "*batch rows cols"],
+    weights: Num[Array, "*batch rows cols"],
+    needed: Num[Array, "*batch rows"],
+) -> Bool[Array, "*batch rows cols"]:
+    """The first candidates by descending rank whose weights reach `needed`, or all of them.
+
+    Equal ranks go by ascending column. Weights are not negative, and 0 where no candidate is. The
+    cut is found bit by bit: no row is sorted. Floats that are not negative rank as their bits do.
+    """
+    zero = jnp.zeros((), weights.dtype)
+
+    def weight_above(cut: UInt32[Array, "*batch rows"]) -> Num[Array, "*batch rows"]:
+        return jnp.sum(jnp.where(rank >= cut[..., None], weights, zero), axis=-1)
+
+    def set_bit(step: Int32[Array, ""], cut: UInt32[Array, "*batch rows"]) -> Array:
+        raised = cut | (jnp.uint32(_SIGN_BIT) >> step.astype(jnp.uint32))
+        return jnp.where(weight_above(raised) >= needed, raised, cut)
+
+    # The highest cut at or above which the weights still reach what is needed. Adding a
+    # non-negative term to a sum of fixed order never lowers it, so the bisection is exact.
+    cut = lax.fori_loop(0, 32, set_bit, jnp.zeros(needed.shape, jnp.uint32))[..., None]
+    is_above = candidates & (rank > cut)
+    is_tied = candidates & (rank == cut)
+    tied_weights = jnp.where(is_tied, weights, zero)
+    before = jnp.cumsum(tied_weights, axis=-1) - tied_weights
+    weight_of_above = jnp.sum(jnp.where(is_above, weights, zero), axis=-1, keepdims=True)
+    return is_above | (is_tied & (weight_of_above + before < needed[..., None]))
 
 
 def _columns_of(matrix: Array) -> Int32[Array, "*batch rows cols"]:

@@ -4,12 +4,8 @@
     inner = the same over the visible keys of the inner lists, whose blocks count as outer ones too
 
 Training a gate between full and streaming attention needs both. The sweep attends to the inner
-blocks and to the remaining ones, each block once, forward and backward. With (inner, lse_i) and
-(rest, lse_r) of these two disjoint sets of keys, the outer arm is their mean weighted by the
-softmax mass of each set (the split softmax of Flash-Decoding and Ring Attention):
-
-    lse_o = log(exp(lse_i) + exp(lse_r))
-    outer = exp(lse_i - lse_o) * inner + exp(lse_r - lse_o) * rest
+blocks and to the remaining ones, each block once, forward and backward. The outer arm is the union
+of these two disjoint sets of keys (`kernels/attention_union.py`).
 
 It reaches the inner blocks' gradient as one of `inner` and of `lse_i`, so that these blocks too are
 visited once, whatever the arms' cotangents.
@@ -17,15 +13,12 @@ visited once, whatever the arms' cotangents.
 Source: the gates are PruLong's (arXiv:2506.17121), equation 1.
 """
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Int32
 
 from sparseattn_jax.kernels import block_lists
+from sparseattn_jax.kernels.attention_union import Arm, union
 from sparseattn_jax.kernels.backends import Backend
 from sparseattn_jax.kernels.block_sparse_attention import block_sparse_attention
-
-type Arm = tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]
 
 
 def two_arm_attention(
@@ -90,19 +83,4 @@ def two_arm_attention(
         )
         for lists in ((inner_indices, inner_num_blocks), rest_lists)
     )
-    return _union(inner, rest), inner
-
-
-def _union(a: Arm, b: Arm) -> Arm:
-    """Attention over the union of two disjoint sets of keys."""
-    (a_out, a_lse), (b_out, b_lse) = a, b
-    highest = jax.lax.stop_gradient(jnp.maximum(a_lse, b_lse))
-    shift = jnp.where(jnp.isneginf(highest), 0.0, highest)
-    a_mass, b_mass = jnp.exp(a_lse - shift), jnp.exp(b_lse - shift)
-    total = a_mass + b_mass
-    is_empty = total == 0.0
-    divisor = jnp.where(is_empty, 1.0, total)
-    out = (a_mass / divisor)[..., None] * a_out.astype(jnp.float32)
-    out += (b_mass / divisor)[..., None] * b_out.astype(jnp.float32)
-    lse = jnp.where(is_empty, -jnp.inf, shift + jnp.log(divisor))
-    return out.astype(a_out.dtype), lse
+    return union(inner, rest), inner

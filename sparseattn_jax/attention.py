@@ -2,6 +2,7 @@
 
 from typing import Literal, TypedDict, Unpack, overload
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from sparseattn_jax.block_mask import BlockMask
@@ -10,14 +11,17 @@ from sparseattn_jax.checks import (
     check_causal,
     check_kv,
     check_kv_lengths,
+    check_pattern,
     check_qk,
     check_scale,
     check_segment_ids,
     checked,
 )
 from sparseattn_jax.kernels import block_sparse_attention as kernel
+from sparseattn_jax.kernels.attention_union import union
 from sparseattn_jax.kernels.backends import Backend
-from sparseattn_jax.pattern import SparsePattern
+from sparseattn_jax.kernels.column_attention import column_attention
+from sparseattn_jax.pattern import HeadWindows, SparsePattern, TokenColumns
 from sparseattn_jax.strategies.protocol import Strategy
 
 type Out = Float[Array, "B T N H"]
@@ -137,7 +141,7 @@ def sparse_attention(
 ) -> OutAndLse: ...
 
 
-@checked(check_qk, check_kv, check_scale, check_kv_lengths, check_segment_ids)
+@checked(check_qk, check_kv, check_scale, check_kv_lengths, check_segment_ids, check_pattern)
 def sparse_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -150,18 +154,19 @@ def sparse_attention(
     return_lse: bool = False,
     backend: Backend | None = None,
 ) -> Out | OutAndLse:
-    """Attention over a pattern that a strategy selected; see `block_sparse_attention`."""
-    return block_sparse_attention(
-        q,
-        k,
-        v,
-        pattern.blocks,
+    """Attention over a pattern that a strategy selected; see `block_sparse_attention`.
+
+    Blocks and columns are attended to each by a kernel of its own; a key that both list counts
+    once. A named backend must run both.
+    """
+    out, lse = _attend(
+        *(q, k, v, pattern.blocks, pattern.columns, pattern.windows),
         scale=scale,
         kv_lengths=kv_lengths,
         segment_ids=segment_ids,
-        return_lse=return_lse,
         backend=backend,
     )
+    return (out, lse) if return_lse else out
 
 
 @overload
@@ -214,7 +219,8 @@ def block_sparse_attention(
             Of causal calls the queries at padded positions are padding too and see nothing.
         segment_ids: a query sees keys of its own segment only.
         return_lse: whether to return the log-sum-exp too.
-        backend: of forward and backward; by default the best forward, and `xla` backward.
+        backend: of forward and backward; by default the best that can run. The last bits of q's
+            gradient by `mosaic_sm90` may differ from run to run; those of `xla` never do.
 
     Returns:
         The output in q's dtype, or (output, log-sum-exp).
@@ -223,18 +229,43 @@ def block_sparse_attention(
         ValueError: an argument does not fit the others, or the mask is of other lengths.
         UnsupportedError: the named backend cannot run this call.
     """
-    out, lse = kernel.block_sparse_attention(
-        q,
-        k,
-        v,
-        block_mask.kv_indices,
-        block_mask.kv_num_blocks,
-        block_q=block_mask.block_q,
-        block_kv=block_mask.block_kv,
-        is_causal=block_mask.is_causal,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+    out, lse = _attend(
+        *(q, k, v, block_mask),
+        scale=scale,
         kv_lengths=kv_lengths,
         segment_ids=segment_ids,
         backend=backend,
     )
     return (out, lse) if return_lse else out
+
+
+def _attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    blocks: BlockMask,
+    columns: TokenColumns | None = None,
+    windows: HeadWindows | None = None,
+    *,
+    scale: float | None,
+    **options: Unpack[_Options],
+) -> OutAndLse:
+    lists = blocks.kv_indices, blocks.kv_num_blocks
+    geometry = {
+        "block_q": blocks.block_q,
+        "block_kv": blocks.block_kv,
+        "is_causal": blocks.is_causal,
+        "scale": q.shape[-1] ** -0.5 if scale is None else scale,
+    }
+    of_blocks = kernel.block_sparse_attention(
+        *(q, k, v, *lists),
+        windows=None if windows is None else jnp.stack([windows.sinks, windows.recents]),
+        **geometry,
+        **options,
+    )
+    if columns is None:
+        return of_blocks
+    of_columns = column_attention(
+        *(q, k, v, columns.indices, columns.counts, *lists), **geometry, **options
+    )
+    return union(of_blocks, of_columns)

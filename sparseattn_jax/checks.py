@@ -12,6 +12,7 @@ from jax.core import Tracer
 
 if TYPE_CHECKING:
     from sparseattn_jax.block_mask import BlockMask
+    from sparseattn_jax.pattern import SparsePattern
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -150,6 +151,31 @@ def check_block_mask(q: jax.Array, k: jax.Array, block_mask: "BlockMask") -> Non
         raise ValueError(
             f"block_mask is for batch={batch}, heads={heads}, but q has batch={q.shape[0]}, "
             f"heads={q.shape[2]}; give it that batch, and that many heads or 1"
+        )
+
+
+def check_pattern(q: jax.Array, k: jax.Array, pattern: "SparsePattern") -> None:
+    """The pattern's blocks, columns and windows were selected for these lengths and heads."""
+    check_block_mask(q, k, pattern.blocks)
+    (batch, _, heads, _), kv_len = q.shape, k.shape[1]
+    columns, windows = pattern.columns, pattern.windows
+    if columns is not None and (*columns.counts.shape, columns.kv_len) != (batch, heads, kv_len):
+        raise ValueError(
+            f"pattern.columns is for [batch, heads]={list(columns.counts.shape)} and "
+            f"kv_len={columns.kv_len}, but q and k have {[batch, heads]} and {kv_len}; select "
+            "for these"
+        )
+    if windows is None:
+        return
+    if windows.sinks.shape != (heads,) or windows.recents.shape != (heads,):
+        raise ValueError(
+            f"pattern.windows has sinks of shape {windows.sinks.shape} and recents of shape "
+            f"{windows.recents.shape}; give both one entry for each of the {heads} query heads"
+        )
+    if not pattern.blocks.is_causal:
+        raise ValueError(
+            "pattern.blocks.is_causal=False: windows look back from each query; "
+            "select for a causal call, or without windows"
         )
 
 

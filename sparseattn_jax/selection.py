@@ -17,14 +17,16 @@ type Scores = Callable[[Operands, tuple[int, int]], Float32[Array, "B N rows Sb"
 """Block scores of a range of query blocks, from the first to the one to stop before."""
 
 
-def first_diagonal_blocks(q_len: int, kv_len: int, block_size: int) -> Int32[np.ndarray, " Tb"]:
+def first_diagonal_blocks(
+    q_len: int, kv_len: int, block_q: int, block_kv: int | None = None
+) -> Int32[np.ndarray, " Tb"]:
     """The key block that holds the position of each query block's first query.
 
-    The diagonal of a query block runs from here to its last visible block: one block, or two
-    where the offset of the queries is no multiple of the block.
+    The diagonal of a query block runs from here to its last visible block: where blocks are square,
+    one block, or two if the offset of the queries is no multiple of it.
     """
-    starts = np.arange(0, q_len, block_size, dtype=np.int32)
-    return (starts + (kv_len - q_len)) // block_size
+    starts = np.arange(0, q_len, block_q, dtype=np.int32)
+    return (starts + (kv_len - q_len)) // (block_q if block_kv is None else block_kv)
 
 
 def num_forced_blocks(q_len: int, kv_len: int, block_size: int, *, is_causal: bool) -> int:
@@ -79,7 +81,7 @@ def select_cumulative(
 
     def lists_of(inputs: tuple, first: int, stop: int) -> tuple[Array, Array, Array]:
         operands, num_visible, diagonals = inputs
-        visible, forced = _visible_and_forced(
+        visible, forced = visible_and_forced(
             num_visible[:, first:stop],
             None if diagonals is None else diagonals[first:stop],
             num_kv_blocks,
@@ -120,7 +122,7 @@ def select_cumulative(
     return SparsePattern(blocks=blocks, num_dropped=num_dropped)
 
 
-def _visible_and_forced(
+def visible_and_forced(
     num_visible: Int32[Array, "#B rows"],
     diagonals: Int32[Array, " rows"] | None,
     num_kv_blocks: int,

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from sparseattn_jax.strategies.flex_prefill import FlexPrefill
 from sparseattn_jax.strategies.full import Full
+from sparseattn_jax.strategies.minference import MInference
 from sparseattn_jax.strategies.protocol import Strategy
 from sparseattn_jax.strategies.streaming import Streaming
 from sparseattn_jax.strategies.xattention import XAttention
@@ -11,6 +12,7 @@ from sparseattn_jax.strategies.xattention import XAttention
 STRATEGIES: Mapping[str, type[Strategy]] = {
     "flex_prefill": FlexPrefill,
     "full": Full,
+    "minference": MInference,
     "streaming": Streaming,
     "xattention": XAttention,
 }

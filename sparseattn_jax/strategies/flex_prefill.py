@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32, Int64, Shaped
 
 from sparseattn_jax.block_mask import BlockMask, num_visible_blocks
 from sparseattn_jax.checks import (
@@ -20,6 +20,7 @@ from sparseattn_jax.checks import (
     checked,
     concrete,
 )
+from sparseattn_jax.kernels import block_lists
 from sparseattn_jax.kernels.backends import Backend, UnsupportedError
 from sparseattn_jax.kernels.coverage_counts import coverage_counts
 from sparseattn_jax.kernels.pooled_scores import block_sums, pooled_distance, pooled_scores
@@ -41,10 +42,23 @@ def _check_parameters(self: "FlexPrefill", q: jax.Array, is_causal: bool) -> Non
         raise ValueError(
             f"min_budget={self.min_budget} must not exceed max_budget={self.max_budget}"
         )
+    if self.sparsity_ratio is not None:
+        _check_ratio(self.sparsity_ratio)
     if not is_causal:
         raise ValueError(
             "is_causal=False: FlexPrefill judges by the last queries, which see all keys only "
             "if causal; pass is_causal=True, or select with XAttention"
+        )
+
+
+def _check_ratio(ratio: float | jax.Array) -> None:
+    if np.shape(ratio) != ():
+        raise ValueError(f"sparsity_ratio has shape {np.shape(ratio)}; pass one for all heads")
+    value = concrete(ratio)
+    if value is not None and not 0 <= value <= 1:
+        raise ValueError(
+            f"sparsity_ratio={value} must lie in [0, 1]: it is the share of the visible blocks "
+            "that a head may list; pass None for no limit"
         )
 
 
@@ -66,14 +80,21 @@ class FlexPrefill:
     the diagonal on, also where the length is no multiple of a block; a distance of s blocks lists
     every block that the diagonal, moved by s blocks, meets; the crossing entry of pooled scores is
     kept, so that they hold at least gamma; query-aware heads are found for blocks without mass.
+    Its README names a `sparsity_ratio`, "ratio of blocks to select", that nothing reads: here it
+    caps the density.
 
     Attributes:
         gamma: share of the mass to hold, in [0, 1]; one for all heads or one per query head. 1
-            keeps every visible block, unless max_budget says less.
+            keeps every visible block, unless max_budget or sparsity_ratio says less.
         tau: distance below which a head is query-aware; 0 for none.
         min_budget: tokens of columns, and of slashes, at least; at or below this length, or two
             blocks, everything is listed.
         max_budget: tokens of columns, and of slashes, at most.
+        sparsity_ratio: share of its sequence's visible blocks that a head lists at most, in [0, 1],
+            or None for no limit. A head that selects more leaves out those of lowest score: the
+            pooled score, or the mass of the block's column and slash together. The first block and
+            the diagonal stay in any case. This goes before min_budget, but for sequences no longer
+            than that.
         block_size: queries and keys per block.
         per_row: whether pooled scores are to hold gamma of each row's, not of all rows' together.
     """
@@ -82,6 +103,7 @@ class FlexPrefill:
     tau: float | Float32[Array, ""] = 0.1
     min_budget: int | None = dataclasses.field(default=None, metadata={"static": True})
     max_budget: int | None = dataclasses.field(default=None, metadata={"static": True})
+    sparsity_ratio: float | Float32[Array, ""] | None = None
     block_size: int = dataclasses.field(default=128, metadata={"static": True})
     per_row: bool = dataclasses.field(default=False, metadata={"static": True})
 
@@ -112,10 +134,10 @@ class FlexPrefill:
             kv_lengths=kv_lengths,
         )
         columns = jnp.arange(-(-kv_len // size), dtype=jnp.int32)[None, None, :]
-        keep = jnp.broadcast_to(columns < ends[..., None], (batch, ends.shape[1], columns.size))
-        keep = keep[:, None]
+        visible = jnp.broadcast_to(columns < ends[..., None], (batch, ends.shape[1], columns.size))
+        keep = visible = visible[:, None]
         if kv_len > max(2 * size, self.min_budget or 0):
-            keep = keep & self._selected(q, k, kv_lengths, backend)
+            keep = self._selected(q, k, visible, kv_lengths, backend)
         blocks = BlockMask.from_dense(keep, q_len=q_len, kv_len=kv_len, block_q=size, block_kv=size)
         num_dropped = jnp.zeros(keep.shape[:2], jnp.int32)
         return SparsePattern(blocks=blocks, num_dropped=num_dropped)
@@ -124,10 +146,11 @@ class FlexPrefill:
         self,
         q: Float[Array, "B T N H"],
         k: Float[Array, "B S K H"],
+        visible: Bool[Array, "B 1 Tb Sb"],
         kv_lengths: Int32[Array, " B"] | None,
         backend: Backend | None,
     ) -> Bool[Array, "B N Tb Sb"]:
-        """The blocks that each head selects, visible or not."""
+        """The visible blocks that each head selects."""
         q, k = lax.stop_gradient((q, k))
         gamma = lax.stop_gradient(jnp.asarray(self.gamma, jnp.float32))
         gamma = jnp.broadcast_to(gamma, (q.shape[2],))
@@ -136,12 +159,19 @@ class FlexPrefill:
         distance = pooled_distance(q, k, vertical, block_size=self.block_size, **call)
         is_query_aware = distance < lax.stop_gradient(self.tau)
 
-        def with_pooled(keep: Bool[Array, "B N Tb Sb"]) -> Bool[Array, "B N Tb Sb"]:
+        def with_pooled(keep: Array, rank: Array | None) -> tuple[Array, Array | None]:
+            is_pooled = is_query_aware[:, :, None, None]
             scores = pooled_scores(q, k, block_size=self.block_size, **call)
-            return keep | (is_query_aware[:, :, None, None] & self._highest_pooled(scores, gamma))
+            if rank is not None:
+                rank = jnp.where(is_pooled & ~jnp.isinf(rank), scores, rank)
+            return keep | (is_pooled & self._highest_pooled(scores, gamma)), rank
 
-        keep = self._vertical_slash(vertical, slash, gamma, is_query_aware, q.shape[1])
-        return lax.cond(is_query_aware.any(), with_pooled, lambda keep: keep, keep)
+        keep, rank = self._vertical_slash(vertical, slash, gamma, is_query_aware, q.shape[1])
+        keep, rank = lax.cond(
+            is_query_aware.any(), with_pooled, lambda *unchanged: unchanged, keep, rank
+        )
+        keep = keep & visible
+        return keep if rank is None else self._capped(keep, rank, visible)
 
     def _vertical_slash(
         self,
@@ -150,59 +180,70 @@ class FlexPrefill:
         gamma: Float32[Array, " N"],
         is_query_aware: Bool[Array, "B N"],
         q_len: int,
-    ) -> Bool[Array, "B N Tb Sb"]:
-        """The columns and slashes of highest mass, the fewest of them in query-aware heads."""
+    ) -> tuple[Bool[Array, "B N Tb Sb"], Float32[Array, "B N Tb Sb"] | None]:
+        """The columns and slashes of highest mass, the fewest of them in query-aware heads.
+
+        With them, where `sparsity_ratio` wants it, the rank of each block: the mass of its column
+        and slash, infinite in the first column and on the diagonal.
+        """
         kv_len, size = vertical.shape[-1], self.block_size
         least = -(-(self.min_budget or 1) // size)
         most = -(-min(self.max_budget or kv_len, kv_len) // size)
-
-        def highest_blocks(x: Float32[Array, "B N S"]) -> Bool[Array, "B N Sb"]:
-            counts = jnp.clip(coverage_counts(x, gamma) // size + 1, least, max(least, most))
-            counts = jnp.where(is_query_aware, least, counts)
-            # The first column, and distance 0, are always among them.
-            return _highest(block_sums(x, block_size=size).at[:, :, 0].set(jnp.inf), counts)
-
-        columns, distances = highest_blocks(vertical), highest_blocks(slash)
         first = first_diagonal_blocks(q_len, kv_len, size)
         last_query = np.minimum((np.arange(first.size) + 1) * size, q_len) - 1
-        keep = jnp.repeat(columns[:, :, None], first.size, axis=2)
         # Where the offset of the queries is no multiple of a block, a diagonal meets two blocks.
-        for diagonal in (first, (last_query + kv_len - q_len) // size):
-            away = diagonal[:, None] - np.arange(columns.shape[-1])[None, :]
-            on_slash = jnp.take(distances, jnp.asarray(np.maximum(away, 0)), axis=2)
-            keep = keep | (on_slash & (away >= 0)[None, None])
-        return keep
+        diagonals = np.stack([first, (last_query + kv_len - q_len) // size])
+        away = diagonals[:, :, None] - np.arange(-(-kv_len // size))
+
+        def highest(
+            x: Float32[Array, "B N S"], mass: Float32[Array, "B N Sb"]
+        ) -> Bool[Array, "B N Sb"]:
+            counts = jnp.clip(coverage_counts(x, gamma) // size + 1, least, max(least, most))
+            counts = jnp.where(is_query_aware, least, counts)
+            return block_lists.keep_highest(mass, jnp.ones(mass.shape, bool), counts)
+
+        def on_slashes(x: Shaped[Array, "B N Sb"]) -> Shaped[Array, "B N Tb Sb"]:
+            """The value of each block's distance, of two distances the larger one."""
+
+            def values(blocks: Int64[np.ndarray, "Tb Sb"]) -> Shaped[Array, "B N Tb Sb"]:
+                taken = jnp.take(x, jnp.asarray(np.maximum(blocks, 0)), axis=2)
+                return jnp.where((blocks >= 0)[None, None], taken, jnp.zeros((), x.dtype))
+
+            return jnp.maximum(values(away[0]), values(away[1]))
+
+        # The first column, and distance 0, are always among the highest.
+        columns, distances = (
+            block_sums(x, block_size=size).at[:, :, 0].set(jnp.inf) for x in (vertical, slash)
+        )
+        keep = highest(vertical, columns)[:, :, None] | on_slashes(highest(slash, distances))
+        if self.sparsity_ratio is None:
+            return keep, None
+        return keep, columns[:, :, None] + on_slashes(distances)
 
     def _highest_pooled(
         self, scores: Float32[Array, "B N Tb Sb"], gamma: Float32[Array, " N"]
     ) -> Bool[Array, "B N Tb Sb"]:
         """The highest scores that hold gamma of each row's, or of a head's."""
-        batch, num_heads, num_rows, num_columns = scores.shape
-        if self.per_row:
-            rows = scores.reshape(batch, num_heads * num_rows, num_columns)
-            gamma = jnp.repeat(gamma, num_rows)
-        else:
-            rows = scores.reshape(batch, num_heads, num_rows * num_columns)
-        return _highest(rows, coverage_counts(rows, gamma)).reshape(scores.shape)
+        rows = scores if self.per_row else scores.reshape(*scores.shape[:2], 1, -1)
+        kept = block_lists.shortest_prefix(
+            lax.bitcast_convert_type(rows, jnp.uint32),
+            jnp.ones(rows.shape, bool),
+            rows,
+            gamma[None, :, None] * rows.sum(axis=-1),
+        )
+        return (kept | (gamma >= 1.0)[None, :, None, None]).reshape(scores.shape)
 
-
-def _highest(
-    x: Float32[Array, "B rows L"], counts: Int32[Array, "B rows"]
-) -> Bool[Array, "B rows L"]:
-    """The `counts` highest entries of each row, none of them negative; of equals the first.
-
-    Found bit by bit, as the bits of such floats order like their values; a sort takes longer.
-    """
-
-    def at_least(bits: Int32[Array, "B rows"]) -> Bool[Array, "B rows L"]:
-        return x >= lax.bitcast_convert_type(bits, jnp.float32)[..., None]
-
-    def set_bit(step: Int32[Array, ""] | int, bits: Int32[Array, "B rows"]) -> Array:
-        raised = jnp.bitwise_or(bits, jnp.left_shift(1, 30 - step))
-        return jnp.where(at_least(raised).sum(axis=-1) >= counts, raised, bits)
-
-    bits = lax.fori_loop(0, 31, set_bit, jnp.zeros_like(counts))
-    above = x > lax.bitcast_convert_type(bits, jnp.float32)[..., None]
-    tied = at_least(bits) & ~above
-    left = counts - above.sum(axis=-1, dtype=jnp.int32)
-    return above | (tied & (jnp.cumsum(tied, axis=-1, dtype=jnp.int32) <= left[..., None]))
+    def _capped(
+        self,
+        keep: Bool[Array, "B N Tb Sb"],
+        rank: Float32[Array, "B N Tb Sb"],
+        visible: Bool[Array, "B 1 Tb Sb"],
+    ) -> Bool[Array, "B N Tb Sb"]:
+        """Of the kept blocks of each head as many of highest rank as `sparsity_ratio` allows."""
+        ratio = lax.stop_gradient(jnp.asarray(self.sparsity_ratio, jnp.float32))
+        allowed = jnp.floor(ratio * visible.sum(axis=(-2, -1)).astype(jnp.float32))
+        forced = jnp.sum(keep & jnp.isinf(rank), axis=(-2, -1), dtype=jnp.int32)
+        flat = (*keep.shape[:2], -1)
+        width = jnp.maximum(allowed.astype(jnp.int32), forced)
+        kept = block_lists.keep_highest(rank.reshape(flat), keep.reshape(flat), width)
+        return kept.reshape(keep.shape)

@@ -69,3 +69,18 @@ def test_keep_highest_takes_the_lower_column_among_equals():
     np.testing.assert_array_equal(
         block_lists.keep_highest(scores, keep, 2), [[False, True, True, False, False]]
     )
+
+
+def test_keep_highest_takes_as_many_as_each_row_may_have():
+    scores = jnp.array([[-1.0, 0.0, -0.0, jnp.inf, -2.0]] * 5 + [[-jnp.inf, -3.0, 0.5, 0.5, -3.0]])
+    keep = jnp.array([[True] * 5] * 5 + [[True, True, True, False, True]])
+    kept = block_lists.keep_highest(scores, keep, jnp.array([0, 1, 2, 4, 9, 2], jnp.int32))
+    expected = block_matrix("""
+        .....
+        ...#.
+        .#.#.
+        ####.
+        #####
+        .##..
+    """)
+    np.testing.assert_array_equal(kept, expected)

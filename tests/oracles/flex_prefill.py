@@ -30,6 +30,7 @@ def selected_blocks(
     min_budget: int | None = None,
     max_budget: int | None = None,
     per_row: bool = False,
+    sparsity_ratio: float | None = None,
     kv_lengths: np.ndarray | None = None,
 ) -> np.ndarray:
     """[B, N, Tb, Sb] bool."""
@@ -53,15 +54,26 @@ def selected_blocks(
         away = _blocks(slash[b, n], size)
         columns[0] = away[0] = np.inf
         keep[b, n][:, _highest(columns, counts[0])] = True
-        for s in _highest(away, counts[1]):
-            for i in range(q_len):
-                block = (i + kv_len - q_len) // size - s
-                if block >= 0:
-                    keep[b, n, i // size, block] = True
+        slashes = _highest(away, counts[1])
+        rank = np.zeros(keep.shape[2:])
+        for i, j in np.ndindex(q_len, len(columns)):
+            distance = (i + kv_len - q_len) // size - j
+            if distance >= 0:
+                keep[b, n, i // size, j] |= distance in slashes
+                rank[i // size, j] = max(rank[i // size, j], away[distance])
+        rank += columns
         if is_query_aware:
+            rank = np.where(np.isinf(rank), rank, scores[b, n])
             for rows in range(len(scores[b, n])) if per_row else [slice(None)]:
                 flat = scores[b, n, rows].ravel()
-                kept = np.zeros(flat.shape, bool)
-                kept[_highest(flat, _count(flat, gamma[n]))] = True
+                nothing = np.zeros(flat.shape, bool)
+                kept = selection.select_row(flat, gamma[n], nothing, ~nothing)
                 keep[b, n, rows] |= kept.reshape(scores[b, n, rows].shape)
-    return (keep & visible) | np.broadcast_to(forced, keep.shape)
+        keep[b, n] = (keep[b, n] & visible[b, 0]) | forced[b, 0]
+        if sparsity_ratio is not None:
+            allowed = int(np.float32(sparsity_ratio) * np.float32(visible[b, 0].sum()))
+            rank = np.where(keep[b, n], rank, -1.0).ravel()
+            kept = np.zeros(rank.shape, bool)
+            kept[_highest(rank, max(allowed, forced[b, 0].sum()))] = True
+            keep[b, n] &= kept.reshape(keep.shape[2:])
+    return keep

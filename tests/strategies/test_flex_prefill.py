@@ -41,12 +41,25 @@ CASES = {
     "gamma-0": ({}, {"gamma": 0.0}, None),
     "gamma-1": ({"T": 45, "S": 61}, {"gamma": 1.0}, None),
     "block-16": ({"T": 70, "S": 90}, {"block_size": 16}, None),
+    "capped": ({"T": 45, "S": 61}, {"gamma": 0.9, "sparsity_ratio": 0.6}, None),
+    "capped-lengths": ({"B": 3}, {"sparsity_ratio": 0.6, "per_row": True}, [48, 22, 0]),
+    "capped-to-nothing": ({"S": 93}, {"min_budget": 20, "sparsity_ratio": 0.0}, None),
     "lengths": ({"B": 3}, {}, [48, 22, 0]),
     "lengths-T<S": ({"B": 3, "T": 21}, {}, [48, 37, 10]),
 }
 
 
-FULL_CASES = {"T<S-aligned", "T<block", "all-query-aware", "most", "gamma-0", "block-16", "lengths"}
+FULL_CASES = {
+    "T<S-aligned",
+    "T<block",
+    "all-query-aware",
+    "most",
+    "gamma-0",
+    "block-16",
+    "lengths",
+    "capped-lengths",
+    "capped-to-nothing",
+}
 
 
 @jax.jit
@@ -73,6 +86,35 @@ def test_sets_are_those_of_the_rules(name: str) -> None:
         **(parameters | {"gamma": np.broadcast_to(gamma, q.shape[2])}),
     )
     np.testing.assert_array_equal(selection.listed_blocks(pattern.blocks), expected)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "tau"), [(64, 0.25), pytest.param(128, 0.206, marks=pytest.mark.full)]
+)
+def test_sets_at_real_block_sizes(block_size: int, tau: float) -> None:
+    q, k = draw(T=300, S=340, N=2, K=2)
+    distances = pooled.pooled_distance(np.asarray(q), np.asarray(k), block_size=block_size)
+    assert distances.min() < tau < distances.max()
+    options = {"gamma": np.full(2, 0.7, np.float32), "tau": tau, "block_size": block_size}
+    pattern = select_in_jit(FlexPrefill(**options | {"gamma": jnp.float32(0.7)}), q, k, None)
+    expected = oracle.selected_blocks(np.asarray(q), np.asarray(k), **options)
+    np.testing.assert_array_equal(selection.listed_blocks(pattern.blocks), expected)
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.55, 1.0])
+def test_sparsity_ratio_caps_the_density(ratio: float) -> None:
+    q, k = draw(S=48)
+    uncapped, capped = (
+        select_in_jit(
+            FlexPrefill(gamma=0.95, tau=TAU, block_size=8, sparsity_ratio=x), q, k, None
+        ).blocks
+        for x in (None, jnp.float32(ratio))
+    )
+    # Of 21 visible blocks 11 are forced.
+    allowed = max(int(ratio * 21), 11) / 21
+    expected = np.minimum(uncapped.density(), allowed)
+    np.testing.assert_allclose(capped.density(), expected, rtol=1e-6)
+    assert not (capped.to_dense() & ~uncapped.to_dense()).any()
 
 
 def test_the_operands_have_heads_of_both_kinds() -> None:
@@ -103,6 +145,27 @@ def test_prefill_is_selection_then_attention() -> None:
     assert np.abs(by_name - prefill_attention(q, k, v, Full(block_size=8))).max() > 1e-3
 
 
+def test_gamma_1_is_dense_attention() -> None:
+    q, k = draw(T=45, S=61)
+    v = jnp.flip(k, axis=1)
+    out = flexprefill_prefill(q, k, v, gamma=1.0, block_size=8)
+    np.testing.assert_allclose(out, prefill_attention(q, k, v, Full(block_size=8)), atol=2e-6)
+
+
+def test_interleaved_heads_read_the_kv_head_of_their_remainder() -> None:
+    q, k = draw(T=45, S=61, N=6)
+    v = jnp.flip(k, axis=1)
+    gamma = jnp.linspace(0.3, 0.8, 6, dtype=jnp.float32)
+    call = functools.partial(flexprefill_prefill, tau=TAU, block_size=8, return_lse=True)
+    # Heads of kv heads 0, 1, 0, 1, 0, 1 in the place of 0, 0, 0, 1, 1, 1.
+    there = np.array([0, 3, 1, 4, 2, 5])
+    expected = jax.jit(call)(q, k, v, gamma=gamma)
+    interleaved = functools.partial(call, gqa_interleave=True)
+    got = jax.jit(interleaved)(q[:, :, there], k, v, gamma=gamma[there])
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other[:, :, there], atol=1e-6)
+
+
 def test_selection_has_no_gradient() -> None:
     q, k = draw()
 
@@ -123,12 +186,20 @@ def test_selection_has_no_gradient() -> None:
         ({"min_budget": 0}, "min_budget=0 must be at least 1 token"),
         ({"max_budget": 0}, "max_budget=0 must be at least 1 token"),
         ({"min_budget": 9, "max_budget": 8}, "min_budget=9 must not exceed max_budget=8"),
+        ({"sparsity_ratio": 1.2}, r"sparsity_ratio=1.2 must lie in \[0, 1\]"),
+        ({"sparsity_ratio": jnp.ones(4)}, r"sparsity_ratio has shape \(4,\); pass one for all"),
         ({"block_size": 0}, "block_size=0 must be at least 1"),
     ],
 )
 def test_parameters_out_of_range_raise(parameters: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FlexPrefill(**parameters).select(*draw())
+
+
+def test_gamma_for_other_heads_raises() -> None:
+    q, k = draw()
+    with pytest.raises(ValueError, match=r"gamma has shape \(3,\)"):
+        flexprefill_prefill(q, k, k, gamma=jnp.ones(3), gqa_interleave=True)
 
 
 def test_a_call_without_causality_raises() -> None:
