@@ -19,8 +19,10 @@ from sparseattn_jax.prefill import full_prefill as full_prefill
 from sparseattn_jax.prefill import minference_prefill as minference_prefill
 from sparseattn_jax.prefill import streaming_prefill as streaming_prefill
 from sparseattn_jax.prefill import xattention_prefill as xattention_prefill
+from sparseattn_jax.strategies.duo_attention import DuoAttention as DuoAttention
 from sparseattn_jax.strategies.flex_prefill import FlexPrefill as FlexPrefill
 from sparseattn_jax.strategies.full import Full as Full
 from sparseattn_jax.strategies.minference import MInference as MInference
+from sparseattn_jax.strategies.per_head import PerHead as PerHead
 from sparseattn_jax.strategies.streaming import Streaming as Streaming
 from sparseattn_jax.strategies.xattention import XAttention as XAttention

@@ -72,9 +72,10 @@ def test_full_prefill_asks_cudnn_first(monkeypatch: pytest.MonkeyPatch, refuses:
     assert not (full_prefill(q, k, v, kv_lengths=jnp.array([40, 40], jnp.int32)) == 7).any()
 
 
-def test_streaming_prefill_is_the_streaming_strategy() -> None:
+@pytest.mark.parametrize("exact", [False, True], ids=["blocks", "exact"])
+def test_streaming_prefill_is_the_streaming_strategy(exact: bool) -> None:
     q, k, v = draw()
-    sizes = {"sink_size": 4, "recent_size": 8, "block_size": 4}
+    sizes = {"sink_size": 4, "recent_size": 8, "block_size": 4, "exact": exact}
     by_name = jax.jit(functools.partial(streaming_prefill, **sizes))(q, k, v)
     by_strategy = prefill_attention(q, k, v, Streaming(**sizes))
     np.testing.assert_allclose(by_name, by_strategy, atol=1e-6)

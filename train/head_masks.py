@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int, Key
 
+from sparseattn_jax import head_gates
 from sparseattn_jax.train.config import InvalidRunError
 
 STRETCH_LOW = -0.1
@@ -60,13 +61,7 @@ def deterministic_gates(log_alpha: Float32[Array, "L K"]) -> Float32[Array, "L K
 
 def round_to_sparsity(log_alpha: Float32[Array, "L K"], sparsity: float) -> Int[np.ndarray, "L K"]:
     """The 0/1 mask that keeps the highest log_alpha over all layers; ties keep the lower index."""
-    if not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsity={sparsity} must lie in [0, 1]")
-    flat = np.asarray(log_alpha).ravel()
-    num_kept = flat.size - round(flat.size * sparsity)
-    mask = np.zeros(flat.size, int)
-    mask[np.argsort(-flat, kind="stable")[:num_kept]] = 1
-    return mask.reshape(log_alpha.shape)
+    return head_gates.sparsify_by_quantile(np.asarray(log_alpha), sparsity).astype(int)
 
 
 def random_mask(
@@ -80,7 +75,7 @@ def random_mask(
 
 def write_tsv(path: pathlib.Path, mask: Int[np.ndarray, "L K"]) -> None:
     """One line per layer, one 0 or 1 per KV head: PruLong's format."""
-    np.savetxt(path, mask, fmt="%d", delimiter="\t")
+    head_gates.write_head_masks(path, mask == 1)
 
 
 def read_tsv(path: pathlib.Path, *, num_layers: int, num_kv_heads: int) -> Int[np.ndarray, "L K"]:
@@ -89,18 +84,16 @@ def read_tsv(path: pathlib.Path, *, num_layers: int, num_kv_heads: int) -> Int[n
     Raises:
         InvalidRunError: the file holds something else, or the mask of a model of another shape.
     """
-    rows = [line.split("\t") for line in path.read_text().splitlines()]
-    entries = {entry for row in rows for entry in row}
-    if not entries or not entries <= {"0", "1"}:
-        odd = sorted(entries - {"0", "1"})
-        raise InvalidRunError(f"{path}: masks are lines of 0 and 1 between tabs, got {odd}")
-    widths = {len(row) for row in rows}
-    if len(rows) != num_layers or widths != {num_kv_heads}:
+    try:
+        mask = head_gates.read_head_masks(path)
+    except ValueError as error:
+        raise InvalidRunError(str(error)) from error
+    if mask.shape != (num_layers, num_kv_heads):
         raise InvalidRunError(
-            f"{path} has {len(rows)} layers of {sorted(widths)} KV heads; the model has "
+            f"{path} has {mask.shape[0]} layers of {mask.shape[1]} KV heads; the model has "
             f"{num_layers} of {num_kv_heads}: take the masks that were learned for it"
         )
-    return np.array(rows, int)
+    return mask.astype(int)
 
 
 def _stretch(s: Float32[Array, "L K"]) -> Float32[Array, "L K"]:

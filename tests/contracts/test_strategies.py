@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from sparseattn_jax import (
+    DuoAttention,
     FlexPrefill,
     Full,
     MInference,
+    PerHead,
     Streaming,
     XAttention,
 )
@@ -20,19 +22,39 @@ from sparseattn_jax.strategies.protocol import Strategy
 from tests.oracles import selection
 
 BLOCK = 8
+MIXED = jnp.array([True, False])
 SETTINGS = {
+    "duo_attention": DuoAttention(
+        retrieval=XAttention(threshold=0.6, stride=4, block_size=BLOCK),
+        retrieval_heads=MIXED,
+        sink_size=5,
+        recent_size=10,
+    ),
     "flex_prefill": FlexPrefill(gamma=0.6, tau=0.3, block_size=BLOCK),
     "full": Full(block_size=BLOCK),
     "minference": MInference(
         vertical_size=9, slash_size=5, sink_size=8, recent_size=2, block_size=BLOCK
     ),
+    "per_head": PerHead(
+        first=Full(block_size=BLOCK),
+        second=Streaming(sink_size=8, recent_size=16, block_size=BLOCK),
+        is_first=MIXED,
+    ),
     "streaming": Streaming(sink_size=8, recent_size=16, block_size=BLOCK),
     "xattention": XAttention(threshold=0.6, stride=4, block_size=BLOCK),
 }
 KEEP_ALL = {
+    "duo_attention": DuoAttention(
+        retrieval=Full(block_size=BLOCK), retrieval_heads=MIXED, recent_size=64
+    ),
     "flex_prefill": FlexPrefill(gamma=1.0, block_size=BLOCK),
     "full": Full(block_size=BLOCK),
     "minference": MInference(vertical_size=64, slash_size=64, block_size=BLOCK),
+    "per_head": PerHead(
+        first=XAttention(threshold=1.0, stride=4, block_size=BLOCK),
+        second=Full(block_size=BLOCK),
+        is_first=MIXED,
+    ),
     "streaming": Streaming(sink_size=8, recent_size=64, block_size=BLOCK),
     "xattention": XAttention(threshold=1.0, stride=4, block_size=BLOCK),
 }

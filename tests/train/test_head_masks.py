@@ -113,11 +113,11 @@ def test_masks_survive_their_file(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("1\t0\n0\t1\n", "has 2 layers of .2. KV heads; the model has 2 of 3"),
-        ("1\t0\t1\n", "has 1 layers of .3. KV heads; the model has 2 of 3"),
-        ("1\t0\t1\n0\t1\n", "has 2 layers of .2, 3. KV heads; the model has 2 of 3"),
-        ("1\t0.5\t1\n1\t1\t1\n", "masks are lines of 0 and 1 between tabs, got .'0.5'"),
-        ("", "masks are lines of 0 and 1 between tabs"),
+        ("1\t0\n0\t1\n", "has 2 layers of 2 KV heads; the model has 2 of 3"),
+        ("1\t0\t1\n", "has 1 layers of 3 KV heads; the model has 2 of 3"),
+        ("1\t0\t1\n0\t1\n", "line 2 has 2 kv heads, line 1 has 3"),
+        ("1\t0.5\t1\n1\t1\t1\n", "line 1: 0.5 must be 0 or 1"),
+        ("", "masks.tsv is empty"),
     ],
     ids=["heads", "layers", "ragged", "gates", "empty"],
 )
