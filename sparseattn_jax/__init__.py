@@ -8,6 +8,11 @@ from sparseattn_jax.attention import block_sparse_attention as block_sparse_atte
 from sparseattn_jax.attention import prefill_attention as prefill_attention
 from sparseattn_jax.attention import sparse_attention as sparse_attention
 from sparseattn_jax.block_mask import BlockMask as BlockMask
+from sparseattn_jax.decode import PageBounds as PageBounds
+from sparseattn_jax.decode import PageLists as PageLists
+from sparseattn_jax.decode import QuestPages as QuestPages
+from sparseattn_jax.decode import sparse_decode_attention as sparse_decode_attention
+from sparseattn_jax.dense_prefill import full_prefill as full_prefill
 from sparseattn_jax.head_patterns import HeadPatterns as HeadPatterns
 from sparseattn_jax.kernels.backends import Backend as Backend
 from sparseattn_jax.kernels.backends import UnsupportedError as UnsupportedError
@@ -15,7 +20,6 @@ from sparseattn_jax.pattern import HeadWindows as HeadWindows
 from sparseattn_jax.pattern import SparsePattern as SparsePattern
 from sparseattn_jax.pattern import TokenColumns as TokenColumns
 from sparseattn_jax.prefill import flexprefill_prefill as flexprefill_prefill
-from sparseattn_jax.prefill import full_prefill as full_prefill
 from sparseattn_jax.prefill import minference_prefill as minference_prefill
 from sparseattn_jax.prefill import streaming_prefill as streaming_prefill
 from sparseattn_jax.prefill import xattention_prefill as xattention_prefill

@@ -240,5 +240,5 @@ def test_the_comparison_rule_forgives_a_rounded_cut():
 
 def test_an_unknown_backend_is_refused():
     scores, threshold, forced, visible = (jnp.array(x) for x in causal_case())
-    with pytest.raises(UnsupportedError, match="backend='cudnn': this op has xla, mosaic_sm90"):
+    with pytest.raises(UnsupportedError, match="backend='cudnn': this op has mosaic_sm90, xla"):
         select_blocks(scores, threshold, forced, visible, max_blocks=None, backend="cudnn")
