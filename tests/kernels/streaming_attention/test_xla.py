@@ -355,5 +355,5 @@ def test_wrong_arguments_are_refused(case: Case, message: str):
 
 
 def test_a_backend_that_does_not_exist_is_refused():
-    with pytest.raises(UnsupportedError, match="this op has xla"):
+    with pytest.raises(UnsupportedError, match="this op has mosaic_sm90, xla"):
         attend(Case())(*operands(Case()), backend="cudnn")
