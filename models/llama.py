@@ -121,15 +121,7 @@ class Llama(nnx.Module):
         remat: bool = False,
     ) -> Float[Array, "B T D"]:
         """What `logits` takes: the residual stream after the last norm; arguments as the call's."""
-        config = self.config
-        if positions is None:
-            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        angles = layers.rotary_angles(
-            positions,
-            head_dim=config.head_dim,
-            theta=config.rope_theta,
-            scaling=config.rope_scaling,
-        )
+        x, angles = self.embed(tokens, positions=positions)
         graphdef, stacked = nnx.split(self.layers)
 
         def step(x, inputs):
@@ -139,9 +131,24 @@ class Llama(nnx.Module):
 
         if remat:
             step = jax.checkpoint(step, prevent_cse=False)
-        rows = self.embedding[...].at[tokens].get(mode="fill", wrap_negative_indices=False)
-        x, _ = jax.lax.scan(step, rows.astype(config.dtype), (stacked, per_layer))
+        x, _ = jax.lax.scan(step, x, (stacked, per_layer))
         return self.final_norm(x)
+
+    def embed(
+        self, tokens: Int32[Array, "B T"], *, positions: Int32[Array, "#B T"] | None
+    ) -> tuple[Float[Array, "B T D"], Float32[Array, "#B T half"]]:
+        """What the first layer reads, and the rotary angles of all layers."""
+        config = self.config
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        angles = layers.rotary_angles(
+            positions,
+            head_dim=config.head_dim,
+            theta=config.rope_theta,
+            scaling=config.rope_scaling,
+        )
+        rows = self.embedding[...].at[tokens].get(mode="fill", wrap_negative_indices=False)
+        return rows.astype(config.dtype), angles
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float32[Array, "B T V"]:
         """Logits of any stretch of the hidden states, so that a loss can take them in chunks."""

@@ -172,7 +172,7 @@ def select_oracle(
         ValueError: an argument does not fit the others, or the budget is of other lengths.
     """
     blocks = _blocks_of(budget)
-    mass = _block_mass(q, k, blocks, kv_lengths, segment_ids)
+    mass = block_mass(q, k, blocks, kv_lengths, segment_ids)
     return _highest(mass, budget, kv_lengths)
 
 
@@ -264,7 +264,7 @@ def _highest(
     )
 
 
-def _block_mass(
+def block_mass(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     blocks: BlockMask,

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from sparseattn_jax.block_mask import BlockMask, num_visible_blocks
 from sparseattn_jax.kernels.backends import Backend
+from sparseattn_jax.kernels.segments import segment_bounds
 from sparseattn_jax.kernels.select_blocks import select_blocks
 from sparseattn_jax.pattern import SparsePattern
 
@@ -29,12 +30,19 @@ def first_diagonal_blocks(
     return (starts + (kv_len - q_len)) // (block_q if block_kv is None else block_kv)
 
 
-def num_forced_blocks(q_len: int, kv_len: int, block_size: int, *, is_causal: bool) -> int:
-    """The most blocks that any query block must keep: the first one and its diagonal."""
-    if not is_causal:
-        return 0
+def num_forced_blocks(
+    q_len: int,
+    kv_len: int,
+    block_size: int,
+    *,
+    is_causal: bool,
+    keep_sink: bool = False,
+    keep_recent: bool = False,
+) -> int:
+    """The most blocks that any query block must keep; see `select_cumulative`."""
     diagonal = 1 if (kv_len - q_len) % block_size == 0 else 2
-    return min(1 + diagonal, -(-kv_len // block_size))
+    forced = (is_causal or keep_sink) + diagonal * (is_causal or keep_recent)
+    return min(forced, -(-kv_len // block_size))
 
 
 def select_cumulative(
@@ -47,12 +55,15 @@ def select_cumulative(
     kv_lengths: Int32[Array, " B"] | None,
     max_blocks: int | None,
     backend: Backend | None,
+    segment_ids: Int32[Array, "B S"] | None = None,
+    keep_sink: bool = False,
+    keep_recent: bool = False,
     workspace_bytes: int = 2**29,
 ) -> SparsePattern:
     """The blocks whose scores reach `threshold` of each row's sum; see `kernels/select_blocks`.
 
-    Causal rows keep the first block and their diagonal in any case. Scores, and what else has a
-    number per block, exist for a range of query blocks at one time.
+    Causal rows keep the first block that they see and their diagonal in any case. Scores, and what
+    else has a number per block, exist for a range of query blocks at one time.
 
     Args:
         scores: of a range of query blocks, from the operands.
@@ -63,6 +74,10 @@ def select_cumulative(
         kv_lengths: valid keys of each sequence, by default all.
         max_blocks: capacity of a row's list, by default no limit; what it drops is counted.
         backend: of `kernels/select_blocks`.
+        segment_ids: sequences packed in one row, of a causal call. A row sees from the start of its
+            first query's segment on.
+        keep_sink: whether rows that are not causal keep the first block too,
+        keep_recent: and the blocks that hold a query's position.
         workspace_bytes: memory for the scores of a range, of at least one query block.
     """
     (batch, q_len), kv_len = operands[0].shape[:2], operands[1].shape[1]
@@ -75,17 +90,28 @@ def select_cumulative(
         is_causal=is_causal,
         kv_lengths=kv_lengths,
     )
-    diagonals = None
-    if is_causal:
-        diagonals = jnp.asarray(first_diagonal_blocks(q_len, kv_len, block_size))
+    diagonals = jnp.asarray(first_diagonal_blocks(q_len, kv_len, block_size))
+    ends = np.minimum(np.arange(1, num_q_blocks + 1, dtype=np.int32) * block_size, q_len)
+    last_diagonals = (ends - 1 + (kv_len - q_len)) // block_size
+    first_seen = None
+    if segment_ids is not None:
+        starts = segment_bounds(segment_ids)[0][:, kv_len - q_len :: block_size]
+        first_seen = starts // block_size
 
     def lists_of(inputs: tuple, first: int, stop: int) -> tuple[Array, Array, Array]:
-        operands, num_visible, diagonals = inputs
+        operands, num_visible, diagonals, first_seen = inputs
+        diagonals, num_visible = diagonals[first:stop], num_visible[:, first:stop]
         visible, forced = visible_and_forced(
-            num_visible[:, first:stop],
-            None if diagonals is None else diagonals[first:stop],
+            num_visible,
+            diagonals if is_causal else None,
             num_kv_blocks,
+            None if first_seen is None else first_seen[:, first:stop],
         )
+        if not is_causal:
+            last = last_diagonals[first:stop]
+            forced = visible & _sink_or_recent(
+                diagonals, last, num_kv_blocks, keep_sink=keep_sink, keep_recent=keep_recent
+            )
         return select_blocks(
             scores(operands, (first, stop)),
             threshold,
@@ -97,7 +123,7 @@ def select_cumulative(
 
     row_bytes = 4 * batch * len(threshold) * num_kv_blocks
     step = min(max(1, workspace_bytes // row_bytes), num_q_blocks)
-    inputs = operands, num_visible, diagonals
+    inputs = operands, num_visible, diagonals, first_seen
     indices, counts, num_dropped = lists_of(inputs, 0, step)
     if step < num_q_blocks:
         # Ranges are written into the whole: joined at the end, the lists would exist twice.
@@ -126,10 +152,28 @@ def visible_and_forced(
     num_visible: Int32[Array, "#B rows"],
     diagonals: Int32[Array, " rows"] | None,
     num_kv_blocks: int,
+    first_seen: Int32[Array, "B rows"] | None = None,
 ) -> tuple[Bool[Array, "#B rows Sb"], Bool[Array, "#B rows Sb"]]:
-    """Of each row; without diagonals nothing is forced."""
+    """Of each row, from the first block that it sees on; without diagonals nothing is forced."""
     columns = jnp.arange(num_kv_blocks, dtype=jnp.int32)[None, None, :]
-    visible = columns < num_visible[..., None]
+    first = jnp.zeros((1, 1, 1), jnp.int32) if first_seen is None else first_seen[..., None]
+    visible = (columns < num_visible[..., None]) & (columns >= first)
     if diagonals is None:
         return visible, jnp.zeros_like(visible)
-    return visible, visible & ((columns >= diagonals[None, :, None]) | (columns == 0))
+    return visible, visible & ((columns >= diagonals[None, :, None]) | (columns == first))
+
+
+def _sink_or_recent(
+    first_diagonals: Int32[Array, " rows"],
+    last_diagonals: Int32[np.ndarray, " rows"],
+    num_kv_blocks: int,
+    *,
+    keep_sink: bool,
+    keep_recent: bool,
+) -> Bool[Array, "1 rows Sb"]:
+    """The first block, and those from a row's first diagonal to its last, where they are wanted."""
+    columns = jnp.arange(num_kv_blocks, dtype=jnp.int32)[None, None, :]
+    is_recent = (columns >= first_diagonals[None, :, None]) & (
+        columns <= last_diagonals[None, :, None]
+    )
+    return (is_recent & keep_recent) | ((columns == 0) & keep_sink)

@@ -230,3 +230,36 @@ def test_memory_does_not_grow_with_the_square_of_the_length(score: Callable):
     assert at_once > 3 * first
     assert in_ranges < 1.5 * first
     assert in_ranges < 8 * 2**19
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"is_causal": True, "segment_ids": np.repeat([[0, 1, 2]], [30, 25, 20], axis=1)},
+        {"is_causal": False, "keep_sink": True, "keep_recent": True},
+    ],
+    ids=["segments", "kept-without-causality"],
+)
+def test_ranges_of_rows_take_their_part_of_everything(options: dict):
+    q, k = random_qk(batch=1)
+    options = {x: jnp.array(y, jnp.int32) if x == "segment_ids" else y for x, y in options.items()}
+    uniform = np.random.default_rng(0).random((1, 2, 8, 10))
+
+    @functools.partial(jax.jit, static_argnames="workspace_bytes")
+    def select(workspace_bytes):
+        def scores(operands, q_blocks):
+            return jnp.array(uniform[:, :, slice(*q_blocks)], jnp.float32)
+
+        return select_cumulative(
+            scores,
+            (q, k),
+            jnp.full(2, 0.3),
+            block_size=8,
+            kv_lengths=None,
+            max_blocks=None,
+            backend=None,
+            workspace_bytes=workspace_bytes,
+            **options,
+        )
+
+    jax.tree.map(np.testing.assert_array_equal, select(2**29), select(200))

@@ -13,6 +13,10 @@ zeros and the divisor stays s. A key group with no valid key is invisible, and s
 one whose first key lies behind the position of the query group's last valid query. A query group
 with no valid query adds nothing.
 
+With segment_ids, whose segments are contiguous, queries see keys of their own segment: a key group
+belongs to the segment of its last valid key, and the keys before that segment enter as zeros. It
+is visible to a query group that has a valid query of that segment, or of segments on both sides.
+
 Source: XAttention (arXiv:2503.16428) section 2.1.
 """
 
@@ -45,6 +49,7 @@ def antidiagonal_scores(
     block_size: int,
     is_causal: bool,
     kv_lengths: Int32[Array, " B"] | None = None,
+    segment_ids: Int32[Array, "B S"] | None = None,
     q_blocks: tuple[int, int] | None = None,
     workspace_bytes: int = 2**29,
     backend: Backend | None = None,
@@ -58,6 +63,7 @@ def antidiagonal_scores(
         block_size: queries and keys per block.
         is_causal: whether a query group sees key groups up to its own position only.
         kv_lengths: valid keys of each sequence, by default all.
+        segment_ids: sequences packed in one row; T <= S.
         q_blocks: the first query block to score and the one to stop before, by default all.
         workspace_bytes: memory for the rows of A, or of what is left of them, that exist at one
             time, and for the keys behind them. At least the least that an implementation works
@@ -76,11 +82,13 @@ def antidiagonal_scores(
         head_dim=q.shape[-1],
         stride=stride,
         block_size=block_size,
+        has_segment_ids=segment_ids is not None,
     )
     return choose(_TABLE, backend, facts).run(
         jax.lax.stop_gradient(q),
         jax.lax.stop_gradient(k),
         kv_lengths,
+        segment_ids=segment_ids,
         stride=stride,
         block_size=block_size,
         is_causal=is_causal,

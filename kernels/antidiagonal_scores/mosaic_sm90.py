@@ -47,6 +47,8 @@ def refusal(facts: tiling.CallFacts) -> str | None:
     if facts.stride not in (4, 8, 16) or facts.block_size not in (64, 128):
         found = f"stride {facts.stride} and blocks of {facts.block_size}"
         return f"needs stride 4, 8 or 16 and blocks of 64 or 128, got {found}"
+    if facts.has_segment_ids:
+        return "does not mask segments; pass one sequence per batch row, with kv_lengths"
     return None
 
 
@@ -66,6 +68,7 @@ def run(
     k: Float[Array, "B S K H"],
     kv_lengths: Int32[Array, " B"] | None,
     *,
+    segment_ids: None = None,
     stride: int,
     block_size: int,
     is_causal: bool,
@@ -78,6 +81,7 @@ def run(
     Lengths that are no multiple of 8 * stride cost a copy of the arrays concerned, and so do
     kv_lengths: partial groups must hold zeros.
     """
+    del segment_ids
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     call = tiling.Call(

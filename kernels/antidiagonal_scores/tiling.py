@@ -25,6 +25,7 @@ class CallFacts:
     head_dim: int
     stride: int
     block_size: int
+    has_segment_ids: bool
 
 
 HEAD_DIMS, STRIDES, BLOCK_SIZES = (64, 128, 256), (4, 8, 16), (64, 128)

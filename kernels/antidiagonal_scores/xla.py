@@ -11,7 +11,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from sparseattn_jax.kernels.segments import segment_bounds
 
 
 @functools.partial(
@@ -22,6 +24,7 @@ def run(
     k: Float[Array, "B S K H"],
     kv_lengths: Int32[Array, " B"] | None,
     *,
+    segment_ids: Int32[Array, "B S"] | None = None,
     stride: int,
     block_size: int,
     is_causal: bool,
@@ -45,6 +48,7 @@ def run(
             queries,
             keys,
             lengths,
+            None if segment_ids is None else segment_ids[:, : keys.shape[1]],
             stride=stride,
             block_size=block_size,
             is_causal=is_causal,
@@ -70,6 +74,7 @@ def _score_all(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     kv_lengths: Int32[Array, " B"] | None,
+    segment_ids: Int32[Array, "B S"] | None,
     *,
     stride: int,
     block_size: int,
@@ -87,7 +92,21 @@ def _score_all(
     q_lengths = jnp.full_like(kv_lengths, q_len)
     if offset is not None:
         q_lengths = jnp.minimum(q_lengths, kv_lengths - offset)
-    limits = _key_limits(q_lengths, kv_lengths, num_q_blocks * groups_per_block, stride, offset)
+    num_rows, num_columns = (n * groups_per_block for n in (num_q_blocks, num_kv_blocks))
+    limits = _key_limits(q_lengths, kv_lengths, num_rows, stride, offset)
+    is_key = jnp.arange(kv_len)[None, :] < kv_lengths[:, None]
+    segments = None
+    if segment_ids is not None:
+        segments = _Segments.of(
+            segment_ids,
+            q_lengths + (kv_len - q_len),
+            kv_lengths,
+            q_len,
+            num_rows,
+            num_columns,
+            stride,
+        )
+        is_key = is_key & segments.keys
     tile = _Tile.fit(q, k, stride, block_size, workspace_bytes)
 
     def score_heads(index: Int32[Array, ""] | int) -> Float32[Array, "b n Tb Sb"]:
@@ -95,8 +114,8 @@ def _score_all(
         keys = lax.dynamic_slice(
             k, (sequence, 0, kv_head, 0), (tile.batch, kv_len, tile.kv_heads, head_dim)
         )
-        lengths = lax.dynamic_slice(kv_lengths, (sequence,), (tile.batch,))
-        keys = _key_groups(keys, lengths, stride, num_kv_blocks * block_size)
+        is_valid = lax.dynamic_slice_in_dim(is_key, sequence, tile.batch)
+        keys = _key_groups(keys, is_valid, stride, num_kv_blocks * block_size)
 
         def add_rows(scores: Array, first_block: Int32[Array, ""] | int, num_queries: int) -> Array:
             first = first_block * block_size
@@ -106,12 +125,14 @@ def _score_all(
                 (tile.batch, num_queries, tile.kv_heads * group, head_dim),
             )
             num_rows = -(-num_queries // block_size) * groups_per_block
+            rows = (sequence, first // stride), (tile.batch, num_rows)
             lengths = lax.dynamic_slice(q_lengths, (sequence,), (tile.batch,)) - first
             queries = _query_groups(queries, lengths, stride, num_rows, tile.kv_heads)
-            row_limits = lax.dynamic_slice(
-                limits, (sequence, first // stride), (tile.batch, num_rows)
-            )
-            new = _block_sums(queries, keys, row_limits, stride, groups_per_block)
+            row_limits = lax.dynamic_slice(limits, *rows)
+            sees = jnp.arange(num_columns)[None, None, :] * stride < row_limits[:, :, None]
+            if segments is not None:
+                sees = sees & segments.share(*rows)
+            new = _block_sums(queries, keys, sees, stride, groups_per_block)
             return lax.dynamic_update_slice(scores, new, (0, 0, first_block, 0))
 
         shape = (tile.batch, tile.kv_heads * group, num_q_blocks, num_kv_blocks)
@@ -171,12 +192,66 @@ def _key_limits(
     return jnp.where(first < ends, limits, 0)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Segments:
+    """Which groups share a segment.
+
+    Attributes:
+        keys: whether a key is of the segment that its group belongs to.
+        starts: where the segment of a query group's first query starts,
+        ends: and the position that the one of its last valid query ends before.
+        group_ends: the position behind a key group's last valid key.
+    """
+
+    keys: Bool[Array, "B S"]
+    starts: Int32[Array, "B rows"]
+    ends: Int32[Array, "B rows"]
+    group_ends: Int32[Array, "B columns"]
+
+    @classmethod
+    def of(
+        cls,
+        segment_ids: Int32[Array, "B S"],
+        query_ends: Int32[Array, " B"],
+        kv_lengths: Int32[Array, " B"],
+        q_len: int,
+        num_rows: int,
+        num_columns: int,
+        stride: int,
+    ) -> "_Segments":
+        kv_len = segment_ids.shape[1]
+        starts, ends = segment_bounds(segment_ids)
+        group_ends = (jnp.arange(num_columns, dtype=jnp.int32) + 1)[None, :] * stride
+        group_ends = jnp.minimum(group_ends, kv_lengths[:, None])
+        start_of_group = _at(starts, group_ends - 1)
+        start_of_key = jnp.repeat(start_of_group, stride, axis=1)[:, :kv_len]
+        first = jnp.arange(num_rows, dtype=jnp.int32)[None, :] * stride + (kv_len - q_len)
+        last = jnp.minimum(first + stride, query_ends[:, None]) - 1
+        return cls(
+            keys=jnp.arange(kv_len)[None, :] >= start_of_key,
+            starts=_at(starts, jnp.broadcast_to(first, last.shape)),
+            ends=_at(ends, last),
+            group_ends=group_ends,
+        )
+
+    def share(self, start: tuple, shape: tuple[int, int]) -> Bool[Array, "b rows columns"]:
+        """For a part of the query groups, whether each key group is of a segment of theirs."""
+        starts, ends = (
+            lax.dynamic_slice(x, start, shape)[:, :, None] for x in (self.starts, self.ends)
+        )
+        group_ends = lax.dynamic_slice_in_dim(self.group_ends, start[0], shape[0])[:, None, :]
+        return (group_ends > starts) & (group_ends <= ends)
+
+
+def _at(x: Int32[Array, "B S"], positions: Int32[Array, "B n"]) -> Int32[Array, "B n"]:
+    return jnp.take_along_axis(x, jnp.clip(positions, 0, x.shape[1] - 1), axis=1)
+
+
 def _key_groups(
-    keys: Float[Array, "b S k H"], lengths: Int32[Array, " b"], stride: int, padded_len: int
+    keys: Float[Array, "b S k H"], is_valid: Bool[Array, "b S"], stride: int, padded_len: int
 ) -> Float[Array, "b k columns sH"]:
-    """Concatenates each key group's tokens; padding becomes zeros."""
+    """Concatenates each key group's tokens; those that are not valid become zeros."""
     batch, kv_len, heads, head_dim = keys.shape
-    is_valid = jnp.arange(kv_len)[None, :] < lengths[:, None]
     keys = jnp.where(is_valid[:, :, None, None], keys, jnp.zeros_like(keys))
     keys = jnp.pad(keys, ((0, 0), (0, padded_len - kv_len), (0, 0), (0, 0)))
     keys = keys.reshape(batch, padded_len // stride, stride, heads, head_dim)
@@ -203,7 +278,7 @@ def _query_groups(
 def _block_sums(
     queries: Float[Array, "b k g rows sH"],
     keys: Float[Array, "b k columns sH"],
-    limits: Int32[Array, "b rows"],
+    sees: Bool[Array, "b rows columns"],
     stride: int,
     groups_per_block: int,
 ) -> Float32[Array, "b n q_blocks Sb"]:
@@ -219,7 +294,6 @@ def _block_sums(
         precision=precision,
         preferred_element_type=jnp.float32,
     )
-    sees = jnp.arange(keys.shape[2])[None, None, :] * stride < limits[:, :, None]
     logits = jnp.where(sees[:, None, None], logits * (head_dim**-0.5 / stride), -jnp.inf)
     row_max = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.exp(logits - jnp.where(jnp.isneginf(row_max), 0.0, row_max))

@@ -32,11 +32,19 @@ def _check_parameters(self: "XAttention", q: jax.Array, k: jax.Array, is_causal:
     check_threshold(q, self.threshold)
     if self.max_blocks is None:
         return
-    least = max(1, num_forced_blocks(q.shape[1], k.shape[1], self.block_size, is_causal=is_causal))
+    least = num_forced_blocks(
+        q.shape[1],
+        k.shape[1],
+        self.block_size,
+        is_causal=is_causal,
+        keep_sink=self.keep_sink,
+        keep_recent=self.keep_recent,
+    )
+    least = max(1, least)
     if self.max_blocks < least:
         raise ValueError(
-            f"max_blocks={self.max_blocks} must be at least {least}, to hold the first block and "
-            "the diagonal of each row; raise it, or pass None for no limit"
+            f"max_blocks={self.max_blocks} must be at least {least}, to hold the blocks that each "
+            "row keeps in any case; raise it, or pass None for no limit"
         )
 
 
@@ -48,7 +56,9 @@ class XAttention:
 
     Blocks are scored by `kernels/antidiagonal_scores` and listed per query head by
     `kernels/select_blocks`. Causal rows keep the first block and their diagonal in any case, with
-    their mass counted towards the threshold.
+    their mass counted towards the threshold. In packed rows both are of the queries' own segments,
+    blocks that hold none of their keys are never listed, and segments are contiguous; calls that
+    are not causal do not take them.
 
     Attributes:
         threshold: share of the estimated softmax mass to keep, in [0, 1]; one for all heads or
@@ -58,12 +68,18 @@ class XAttention:
         max_blocks: capacity of a row's list, by default no limit. A row that selects more keeps
             its forced blocks and the highest-scored; `SparsePattern.num_dropped` counts the rest.
             Without a limit the lists of 32 heads and 1M tokens take 8.6 GB, with 1024 blocks 1.1.
+        keep_sink: whether calls that are not causal keep the first block in any case too,
+        keep_recent: and the blocks that hold the position of one of the row's queries.
+
+    A threshold of [layers, N] is for a scan over layers: the strategy's slice is that of a layer.
     """
 
     threshold: float | Float32[Array, ""] | Float32[Array, " N"] = 0.95
     stride: int = dataclasses.field(default=16, metadata={"static": True})
     block_size: int = dataclasses.field(default=128, metadata={"static": True})
     max_blocks: int | None = dataclasses.field(default=None, metadata={"static": True})
+    keep_sink: bool = dataclasses.field(default=False, metadata={"static": True})
+    keep_recent: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @checked(check_qk, check_causal, _check_parameters, check_kv_lengths, check_segment_ids)
     def select(
@@ -77,10 +93,11 @@ class XAttention:
         backend: Backend | None = None,
     ) -> SparsePattern:
         """Scores and selects; see `Strategy.select`."""
-        if segment_ids is not None:
+        if segment_ids is not None and not is_causal:
             raise UnsupportedError(
-                "XAttention does not take segment_ids: its scores would mix the packed sequences; "
-                "pass one sequence per batch row, with kv_lengths"
+                "XAttention takes segment_ids only if is_causal: otherwise the last keys of a "
+                "packed sequence may have no scores; pass one sequence per batch row, with "
+                "kv_lengths"
             )
         threshold = jnp.asarray(jax.lax.stop_gradient(self.threshold), jnp.float32)
 
@@ -91,6 +108,7 @@ class XAttention:
                 block_size=self.block_size,
                 is_causal=is_causal,
                 kv_lengths=kv_lengths,
+                segment_ids=segment_ids,
                 q_blocks=q_blocks,
                 backend=backend,
             )
@@ -104,4 +122,7 @@ class XAttention:
             kv_lengths=kv_lengths,
             max_blocks=self.max_blocks,
             backend=backend,
+            segment_ids=segment_ids,
+            keep_sink=self.keep_sink,
+            keep_recent=self.keep_recent,
         )

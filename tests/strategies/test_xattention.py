@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparseattn_jax import Full, UnsupportedError, XAttention
-from tests.oracles import selection
+from sparseattn_jax import Full, UnsupportedError, XAttention, prefill_attention
+from tests.oracles import attention, selection
 from tests.oracles import xattention as scoring
 
 
@@ -198,16 +198,139 @@ def test_bad_operands_are_refused(q: jax.Array, k: jax.Array, message: str):
         XAttention().select(q, k)
 
 
-def test_a_capacity_must_hold_two_diagonals():
+@pytest.mark.parametrize(
+    ("settings", "is_causal", "least"),
+    [
+        ({}, True, 3),
+        ({"keep_recent": True}, False, 2),
+        ({"keep_sink": True, "keep_recent": True}, False, 3),
+    ],
+    ids=["causal", "recent", "sink-and-recent"],
+)
+def test_a_capacity_must_hold_two_diagonals(settings: dict, is_causal: bool, least: int):
     q, k = draw(T=20, S=61)
-    with pytest.raises(ValueError, match="max_blocks=2 must be at least 3"):
-        XAttention(stride=4, block_size=8, max_blocks=2).select(q, k)
+    strategy = XAttention(stride=4, block_size=8, max_blocks=least - 1, **settings)
+    with pytest.raises(ValueError, match=f"max_blocks={least - 1} must be at least {least}"):
+        strategy.select(q, k, is_causal=is_causal)
 
 
-def test_packed_sequences_are_refused():
+def packed(*lengths: int) -> np.ndarray:
+    """[1, S] ids of sequences packed one after another."""
+    return np.repeat(np.arange(len(lengths))[None], lengths, axis=1)
+
+
+SEGMENTS = {
+    "at-blocks": packed(16, 24, 8),
+    "anywhere": packed(13, 20, 15),
+    "several-in-a-block": packed(18, 1, 2, 1, 9, 17),
+    "one": packed(48),
+}
+
+
+def select_packed(strategy, q, k, segments, lengths=None):
+    return select_packed_in_jit(strategy, q, k, jnp.array(segments, jnp.int32), lengths)
+
+
+@jax.jit
+def select_packed_in_jit(strategy, q, k, segment_ids, lengths):
+    return strategy.select(q, k, segment_ids=segment_ids, kv_lengths=lengths)
+
+
+def blocks_of(pairs: np.ndarray) -> np.ndarray:
+    """[B, 1, Tb, Sb]: the blocks of 8 that hold a visible pair."""
+    padding = [(0, -length % 8) for length in pairs.shape[1:]]
+    pairs = np.pad(pairs, [(0, 0), *padding])
+    rows, columns = (length // 8 for length in pairs.shape[1:])
+    return pairs.reshape(-1, 1, rows, 8, columns, 8).any(axis=(3, 5))
+
+
+@pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS)
+@pytest.mark.parametrize("T", [48, 29], ids=["T=S", "T<S"])
+def test_packed_rows_see_their_own_segments(segments: np.ndarray, T: int):
+    q, k = draw(T=T)
+    pairs = attention.visible_pairs(1, T, 48, is_causal=True, segment_ids=segments)
+    visible = blocks_of(pairs)
+    for threshold in (1.0, 0.6, 0.0):
+        strategy = XAttention(threshold=jnp.float32(threshold), stride=4, block_size=8)
+        pattern = select_packed(strategy, q, k, segments)
+        kept = selection.listed_blocks(pattern.blocks)
+        _, diagonal = selection.visible_and_forced(1, T, 48, 8, is_causal=True)
+        diagonal[..., 0] = False
+        forced = visible & (diagonal | (np.cumsum(visible, axis=-1) == 1))
+        scores = scoring.antidiagonal_scores(
+            q, k, stride=4, block_size=8, is_causal=True, segment_ids=segments
+        )
+        assert selection.rows_at_fault(kept, scores, np.full(2, threshold), forced, visible) == []
+
+
+def test_a_packed_row_equals_each_sequence_alone():
+    q, k = draw(N=4, K=2)
+    strategy = XAttention(threshold=jnp.float32(0.8), stride=4, block_size=8)
+    kept = selection.listed_blocks(select_packed(strategy, q, k, SEGMENTS["at-blocks"]).blocks)
+    for first, stop in ((0, 16), (16, 40), (40, 48)):
+        alone = selection.listed_blocks(select(strategy, q[:, first:stop], k[:, first:stop]).blocks)
+        part = (
+            slice(None),
+            slice(None),
+            slice(first // 8, stop // 8),
+            slice(first // 8, stop // 8),
+        )
+        np.testing.assert_array_equal(kept[part], alone)
+        kept[part] = False
+    assert not kept.any()
+
+
+def test_packed_rows_of_a_padded_batch_equal_shorter_ones():
     q, k = draw()
-    with pytest.raises(UnsupportedError, match="XAttention does not take segment_ids"):
-        XAttention().select(q, k, segment_ids=jnp.zeros((1, 48), jnp.int32))
+    strategy = XAttention(threshold=jnp.float32(0.8), stride=4, block_size=8)
+    segments = SEGMENTS["anywhere"]
+    lengths = jnp.array([37], jnp.int32)
+    padded = selection.listed_blocks(select_packed(strategy, q, k, segments, lengths).blocks)
+    alone = select_packed(strategy, q[:, :37], k[:, :37], segments[:, :37])
+    np.testing.assert_array_equal(padded[:, :, :5, :5], selection.listed_blocks(alone.blocks))
+    assert not padded[:, :, 5:].any() and not padded[..., 5:].any()
+
+
+def test_attention_to_packed_rows_at_threshold_1_is_full():
+    q, k = draw(N=4, K=2)
+    segment_ids = jnp.array(SEGMENTS["several-in-a-block"], jnp.int32)
+    options = {"segment_ids": segment_ids}
+    sparse = XAttention(threshold=1.0, stride=4, block_size=8)
+    expected = prefill_attention(q, k, k, Full(block_size=8), **options)
+    np.testing.assert_allclose(prefill_attention(q, k, k, sparse, **options), expected, atol=1e-5)
+
+
+def test_packed_sequences_without_causality_are_refused():
+    q, k = draw()
+    with pytest.raises(UnsupportedError, match="takes segment_ids only if is_causal"):
+        XAttention().select(q, k, is_causal=False, segment_ids=jnp.zeros((1, 48), jnp.int32))
+
+
+@pytest.mark.parametrize("lengths", [None, [61, 20]], ids=["all", "lengths"])
+@pytest.mark.parametrize("keep", ["sink", "recent", "both"])
+def test_rows_that_are_not_causal_keep_what_they_are_told_to(keep: str, lengths: list[int] | None):
+    q, k = draw(B=2, T=21, S=61)
+    settings = {"keep_sink": keep != "recent", "keep_recent": keep != "sink"}
+    strategy = XAttention(threshold=jnp.float32(0.3), stride=4, block_size=8, **settings)
+    pattern = select(strategy, q, k, is_causal=False, kv_lengths=lengths)
+    call = {"is_causal": False, "kv_lengths": lengths}
+    visible, _ = selection.visible_and_forced(2, 21, 61, 8, **call)
+    forced = np.zeros_like(visible)
+    for i in range(21):
+        forced[:, :, i // 8, (i + 40) // 8] |= settings["keep_recent"]
+    forced[..., 0] |= settings["keep_sink"]
+    scores = scoring.antidiagonal_scores(q, k, stride=4, block_size=8, **call)
+    kept = selection.listed_blocks(pattern.blocks)
+    assert selection.rows_at_fault(kept, scores, np.full(2, 0.3), forced & visible, visible) == []
+
+
+def test_causal_rows_keep_sink_and_diagonal_in_any_case():
+    q, k = draw()
+    patterns = [
+        select(XAttention(threshold=0.4, stride=4, block_size=8, **settings), q, k)
+        for settings in ({}, {"keep_sink": True, "keep_recent": True})
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *patterns)
 
 
 def test_a_backend_that_does_not_exist_is_refused():

@@ -140,7 +140,12 @@ def test_a_shifted_mask_is_seen(monkeypatch: pytest.MonkeyPatch):
 
 HOPPER = DeviceFacts(platform="gpu", compute_capability=(9, 0))
 FACTS = CallFacts(
-    device=HOPPER, dtype=jnp.dtype(jnp.bfloat16), head_dim=128, stride=16, block_size=128
+    device=HOPPER,
+    dtype=jnp.dtype(jnp.bfloat16),
+    head_dim=128,
+    stride=16,
+    block_size=128,
+    has_segment_ids=False,
 )
 OLD_PTXAS = dataclasses.replace(HOPPER, ptxas_version=(12, 8, 93))
 
@@ -155,6 +160,7 @@ OLD_PTXAS = dataclasses.replace(HOPPER, ptxas_version=(12, 8, 93))
         ({"head_dim": 80}, "needs head_dim 64, 128 or 256, got 80"),
         ({"stride": 32}, "got stride 32 and blocks of 128"),
         ({"block_size": 32}, "got stride 16 and blocks of 32"),
+        ({"has_segment_ids": True}, "does not mask segments"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

@@ -63,6 +63,44 @@ def test_equals_the_formula(shape: dict, settings: dict):
     np.testing.assert_allclose(scores, expected, atol=3e-6)
 
 
+# Segments of every phase against groups of 4: whole groups, parts of one, several in one.
+SEGMENTS = np.array(
+    [
+        np.repeat([3, 1, 4, 7, 5, 9], [9, 1, 2, 17, 8, 9]),
+        np.repeat([0, 1, 2], [16, 20, 10]),
+    ]
+)
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("lengths", [None, [46, 31]], ids=["all", "lengths"])
+@pytest.mark.parametrize("T", [46, 21], ids=["T=S", "T<S"])
+def test_segments_are_scored_apart(T: int, lengths: list[int] | None, is_causal: bool):
+    q, k = draw(B=2, T=T, S=46)
+    settings = {"stride": 4, "block_size": 16, "is_causal": is_causal, "kv_lengths": lengths}
+    scores = score(q, k, segment_ids=jnp.array(SEGMENTS, jnp.int32), **settings)
+    expected = oracle.antidiagonal_scores(q, k, segment_ids=SEGMENTS, **settings)
+    np.testing.assert_allclose(scores, expected, atol=3e-6)
+
+
+def test_segments_are_scored_apart_in_tiles_and_ranges():
+    q, k = draw(B=2, T=46, S=46, N=4, K=2)
+    settings = {"stride": 4, "block_size": 16, "is_causal": True}
+    segment_ids = jnp.array(SEGMENTS, jnp.int32)
+    whole = score(q, k, segment_ids=segment_ids, **settings)
+    tiles = score(q, k, segment_ids=segment_ids, workspace_bytes=1, **settings)
+    rows = score(q, k, segment_ids=segment_ids, q_blocks=(1, 3), **settings)
+    np.testing.assert_allclose(tiles, whole, atol=1e-6)
+    np.testing.assert_allclose(rows, whole[:, :, 1:3], atol=1e-6)
+
+
+def test_one_segment_is_no_segment():
+    q, k = draw()
+    settings = {"stride": 4, "block_size": 16, "is_causal": True}
+    one = score(q, k, segment_ids=jnp.full((1, 40), 7, jnp.int32), **settings)
+    np.testing.assert_allclose(one, score(q, k, **settings), atol=1e-6)
+
+
 # T, S, N, K: few, so that cases share compiled programs. T and S - T have all remainders by 8.
 SHAPES = [
     (1, 1, 1, 1),
@@ -129,7 +167,7 @@ def test_some_query_blocks(is_causal: bool, q_blocks: tuple[int, int]):
 def test_causal_ranges_score_no_key_behind_their_end(monkeypatch: pytest.MonkeyPatch):
     seen = []
 
-    def score_all(q, k, kv_lengths, **settings):
+    def score_all(q, k, kv_lengths, segment_ids, **settings):
         seen.append((q.shape[1], k.shape[1]))
         return jnp.ones((1, 1, -(-q.shape[1] // 4), -(-k.shape[1] // 4)))
 
@@ -195,5 +233,5 @@ def test_works_under_vmap_and_has_no_gradient():
 
 def test_an_unknown_backend_is_refused():
     q, k = draw()
-    with pytest.raises(UnsupportedError, match="backend='cudnn': this op has xla, mosaic_sm90"):
+    with pytest.raises(UnsupportedError, match="backend='cudnn': this op has mosaic_sm90, xla"):
         antidiagonal_scores(q, k, stride=4, block_size=16, is_causal=True, backend="cudnn")

@@ -1,0 +1,282 @@
+"""Finds XAttention's thresholds for a model on a text, per layer and head, and writes them as JSON.
+
+    python -m sparseattn_jax.models.calibrate --weights train/assets/llama_tiny.npz \\
+        --text train/assets/state_of_the_union_1790_1835.txt --output thresholds.json
+
+The file is a strategy configuration: `sparseattn_jax.configuration.load` reads it, and
+`sparseattn_jax.calibration.stack` makes what a scan over the model's layers takes.
+"""
+
+import dataclasses
+import pathlib
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import rich.table
+import tyro
+from flax import nnx
+from jaxtyping import Array, Float32, Int32, PyTree
+
+from sparseattn_jax import XAttention, calibration, configuration, prefill_attention
+from sparseattn_jax.measures import attention_recall, density
+from sparseattn_jax.models import weights
+from sparseattn_jax.models.attention import dense_causal_attention
+from sparseattn_jax.models.llama import Llama
+
+type Rule = Literal["recall", "coverage"]
+type OfLayers = Float32[Array, "layers N"]
+
+_BYTES = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommandLine:
+    """Finds XAttention's thresholds for a model on a text and writes them as JSON.
+
+    Attributes:
+        weights: the model, an .npz that training wrote.
+        text: the calibration text: a file of text for a model over bytes, or token ids as .npy.
+        output: the JSON file to write.
+        recall: share of the true softmax mass to keep, in every text and head.
+        rule: `recall` for the lowest thresholds that keep it, `coverage` for the published rule.
+        stride: tokens per antidiagonal.
+        block_size: queries and keys per block.
+        num_texts: stretches of the text to calibrate on, evenly spaced.
+        sequence_length: tokens of each.
+        num_reductions: reductions by a tenth that the paper's dynamic programme may make from
+            there; each costs as many runs of the model as it has heads.
+        max_loss_increase: what these reductions may add to the loss per token, in nats.
+    """
+
+    weights: pathlib.Path
+    text: pathlib.Path
+    output: pathlib.Path = pathlib.Path("thresholds.json")
+    recall: float = 0.9
+    rule: Rule = "recall"
+    stride: int = 16
+    block_size: int = 128
+    num_texts: int = 4
+    sequence_length: int = 1024
+    num_reductions: int = 0
+    max_loss_increase: float = 0.01
+
+
+@jax.tree_util.register_dataclass
+@typing.no_type_check  # a pytree is rebuilt from tracers, shapes and batched leaves
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What was found for every layer and head, and what it does to the calibration texts.
+
+    Attributes:
+        thresholds: of XAttention.
+        recall: share of the softmax mass that is kept, in the worst text.
+        density: share of the visible blocks that is listed, on average.
+    """
+
+    thresholds: OfLayers
+    recall: OfLayers
+    density: OfLayers
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: `arguments`, or those of the process."""
+    try:
+        run(tyro.cli(CommandLine, args=arguments))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def run(command: CommandLine) -> None:
+    """Calibrates, writes the file and prints a table."""
+    model = weights.load(command.weights)
+    tokens = read_tokens(
+        command.text,
+        vocab_size=model.config.vocab_size,
+        num_texts=command.num_texts,
+        length=command.sequence_length,
+    )
+    strategy = XAttention(stride=command.stride, block_size=command.block_size)
+    profile = calibrate(model, tokens, strategy=strategy, recall=command.recall, rule=command.rule)
+    if command.num_reductions:
+        thresholds = _reduce(model, tokens, strategy, profile.thresholds, command)
+        profile = measure(model, tokens, dataclasses.replace(strategy, threshold=thresholds))
+    made = calibration.to_configuration(np.asarray(profile.thresholds), strategy)
+    configuration.save(made, command.output)
+    console = rich.console.Console()
+    console.print(_table(profile))
+    console.print(f"wrote {command.output}", soft_wrap=True)
+
+
+def read_tokens(
+    path: pathlib.Path, *, vocab_size: int, num_texts: int, length: int
+) -> Int32[Array, "B T"]:
+    """Evenly spaced stretches of a text: its bytes, or the token ids of an .npy file.
+
+    Raises:
+        ValueError: the text is too short, or is not of the model's vocabulary.
+        OSError: there is no such file.
+    """
+    if num_texts < 1 or length < 2:
+        raise ValueError(
+            f"num_texts={num_texts} must be at least 1 and sequence_length={length} at least 2"
+        )
+    if path.suffix == ".npy":
+        ids = np.load(path, allow_pickle=False)
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(
+                f"{path} holds {ids.dtype} of shape {ids.shape}; save token ids as one row of ints"
+            )
+    else:
+        ids = np.frombuffer(path.read_bytes(), np.uint8)
+        if vocab_size != _BYTES:
+            raise ValueError(
+                f"{path} is read as bytes, but the model has vocab_size={vocab_size}; save its "
+                "token ids as .npy"
+            )
+    if ids.size < length:
+        raise ValueError(f"{path} has {ids.size} tokens, fewer than sequence_length={length}")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise ValueError(
+            f"{path} has token ids from {ids.min()} to {ids.max()}; the model has vocab_size="
+            f"{vocab_size}"
+        )
+    starts = np.linspace(0, ids.size - length, num_texts).astype(int)
+    return jnp.asarray(ids[starts[:, None] + np.arange(length)], jnp.int32)
+
+
+def calibrate(
+    model: Llama,
+    tokens: Int32[Array, "B T"],
+    *,
+    strategy: XAttention,
+    recall: float,
+    rule: Rule = "recall",
+) -> Profile:
+    """Thresholds for a recall in every layer of a model with dense attention.
+
+    Args:
+        model: the model.
+        tokens: the calibration texts, all of one length.
+        strategy: how blocks are scored.
+        recall: share of the softmax mass to keep.
+        rule: see `calibration.recall_thresholds` and `calibration.coverage_thresholds`.
+
+    Raises:
+        ValueError: recall or a parameter of the strategy is out of range.
+    """
+    rules = {
+        "recall": calibration.recall_thresholds,
+        "coverage": calibration.coverage_thresholds,
+    }
+
+    def of_layer(q: Array, k: Array, _: None) -> Profile:
+        found = rules[rule](q, k, recall=recall, strategy=strategy)
+        return _measure_layer(q, k, dataclasses.replace(strategy, threshold=found))
+
+    return _over_layers(model, tokens, of_layer, None)
+
+
+def measure(model: Llama, tokens: Int32[Array, "B T"], strategy: XAttention) -> Profile:
+    """What thresholds [layers, N] do in the layers of a model with dense attention."""
+    return _over_layers(model, tokens, _measure_layer, strategy)
+
+
+def mean_loss(
+    model: Llama, tokens: Int32[Array, "B T"], strategy: XAttention
+) -> Float32[Array, ""]:
+    """The loss per token, in nats, of a model that attends by thresholds [layers, N]."""
+
+    def attend(q: Array, k: Array, v: Array, strategy: XAttention, /) -> Array:
+        return prefill_attention(q, k, v, strategy)
+
+    logits = model(tokens, attend=attend, per_layer=strategy)[:, :-1]
+    log_probabilities = jax.nn.log_softmax(logits)
+    return -jnp.take_along_axis(log_probabilities, tokens[:, 1:, None], axis=-1).mean()
+
+
+def _measure_layer(q: Array, k: Array, strategy: XAttention) -> Profile:
+    pattern = strategy.select(q, k)
+    return Profile(
+        thresholds=jnp.broadcast_to(strategy.threshold, (q.shape[2],)),
+        recall=attention_recall(q, k, pattern).min(axis=0),
+        density=density(pattern).mean(axis=0),
+    )
+
+
+def _over_layers(
+    model: Llama,
+    tokens: Int32[Array, "B T"],
+    of_layer: Callable[[Array, Array, PyTree], Profile],
+    per_layer: PyTree,
+) -> Profile:
+    """What `of_layer` makes of the queries and keys of every layer, stacked."""
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def profile(state: PyTree, tokens: Array, per_layer: PyTree) -> Profile:
+        model = nnx.merge(graphdef, state)
+        x, angles = model.embed(tokens, positions=None)
+        layer_graph, stacked = nnx.split(model.layers)
+
+        def step(x: Array, inputs: tuple) -> tuple[Array, Profile]:
+            params, layer_input = inputs
+            profiles = []
+
+            def attend(q: Array, k: Array, v: Array, layer_input: PyTree, /) -> Array:
+                profiles.append(of_layer(q, k, layer_input))
+                return dense_causal_attention(q, k, v, None)
+
+            layer = nnx.merge(layer_graph, params)
+            x = layer(x, angles, attend=attend, layer_input=layer_input)
+            return x, profiles[0]
+
+        return jax.lax.scan(step, x, (stacked, per_layer))[1]
+
+    return profile(state, tokens, per_layer)
+
+
+def _reduce(
+    model: Llama,
+    tokens: Int32[Array, "B T"],
+    strategy: XAttention,
+    thresholds: OfLayers,
+    command: CommandLine,
+) -> OfLayers:
+    """The most reduced thresholds that the command's bound on the loss allows."""
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def loss(state: PyTree, thresholds: OfLayers) -> Float32[Array, ""]:
+        layers = dataclasses.replace(strategy, threshold=thresholds)
+        return mean_loss(nnx.merge(graphdef, state), tokens, layers)
+
+    found = calibration.reduce_thresholds(
+        lambda thresholds: -float(loss(state, jnp.asarray(thresholds))),
+        np.asarray(thresholds),
+        num_reductions=command.num_reductions,
+    )
+    least_score = float(found.scores[0]) - command.max_loss_increase
+    return jnp.asarray(found.most_reduced(least_score))
+
+
+def _table(profile: Profile) -> rich.table.Table:
+    """One line per layer, over its heads."""
+    columns = ("layer", "threshold: lowest", "mean", "highest", "recall: lowest", "density: mean")
+    table = rich.table.Table(*columns)
+    of_layers = (profile.thresholds, profile.recall, profile.density)
+    for layer, rows in enumerate(zip(*map(np.asarray, of_layers), strict=True)):
+        thresholds, recalls, densities = rows
+        values = (thresholds.min(), thresholds.mean(), thresholds.max())
+        cells = [f"{value:.4f}" for value in (*values, recalls.min(), densities.mean())]
+        table.add_row(str(layer), *cells)
+    return table
+
+
+if __name__ == "__main__":
+    main()
