@@ -184,7 +184,7 @@ def test_a_mask_made_for_other_operands_is_refused():
         block_sparse_attention(q, k[:, :16], v[:, :16], mask_for(q, k[:, :16]))
 
 
-def test_packed_sequences_attend_within_themselves_and_xattention_refuses_them():
+def test_packed_sequences_attend_within_themselves():
     q, k, v = draw()
     segment_ids = jnp.array([[0] * 17 + [1] * 23], jnp.int32)
     packed = block_sparse_attention(q, k, v, mask_for(q, k), segment_ids=segment_ids)
@@ -195,5 +195,3 @@ def test_packed_sequences_attend_within_themselves_and_xattention_refuses_them()
             block_sparse_attention(*alone, mask_for(alone[0], alone[1])),
             atol=1e-6,
         )
-    with pytest.raises(UnsupportedError, match="segment_ids"):
-        xattention_prefill(q, k, v, segment_ids=segment_ids)
