@@ -45,7 +45,7 @@ type Time = Callable[[Callable[..., Any], Operands, int], list[float]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Session:
+class Tuning:
     """One run of this command.
 
     Attributes:
@@ -78,16 +78,16 @@ def run(
         raise ValueError(
             f"device {jax.devices()[0].device_kind!r}: the tables are for H100 and H200; run on one"
         )
-    session = Session(model=model, origin=_origin(commit), out=out, time=kernel_ms)
+    tuning = Tuning(model=model, origin=_origin(commit), out=out, time=kernel_ms)
     missing = 0
     for name in op:
-        for line, found in tune(name, KERNELS[name], session):
+        for line, found in tune(name, KERNELS[name], tuning):
             print(line, flush=True)
             missing += not found
     return missing
 
 
-def tune(name: str, kernel: TunedKernel, session: Session) -> Iterator[tuple[str, bool]]:
+def tune(name: str, kernel: TunedKernel, tuning: Tuning) -> Iterator[tuple[str, bool]]:
     """Measures a kernel's keys and writes its table.
 
     Yields:
@@ -95,15 +95,15 @@ def tune(name: str, kernel: TunedKernel, session: Session) -> Iterator[tuple[str
     """
     tables = importlib.import_module(f"sparseattn_jax.kernels.{kernel.op}.tile_table").TABLES
     rows: dict[Key, Row] = tables[name]
-    path = session.out / kernel.op / "tile_table.py"
+    path = tuning.out / kernel.op / "tile_table.py"
     with ThreadPoolExecutor() as pool:
         compiling = []
         for values in kernel.keys:
-            configs, key = kernel.candidates(*values), (session.model, *values)
+            configs, key = kernel.candidates(*values), (tuning.model, *values)
             label = f"{name} {_label(kernel.parameters, values)}"
             if len(configs) == 1:
                 yield f"{label}: only one config can be launched", True
-            elif key in rows and _clean(rows[key].origin) == _clean(session.origin):
+            elif key in rows and _clean(rows[key].origin) == _clean(tuning.origin):
                 yield f"{label}: measured before", True
             else:
                 problem = kernel.problem(*values)
@@ -118,9 +118,9 @@ def tune(name: str, kernel: TunedKernel, session: Session) -> Iterator[tuple[str
         if rule not in functions:
             yield f"{label}: no row, the rule's config is not right", False
             continue
-        figures, lines = _times(functions, cases, session.time)
+        figures, lines = _times(functions, cases, tuning.time)
         yield from ((f"{label} {line}", True) for line in lines)
-        rows[key] = _row(rule, figures, session.origin)
+        rows[key] = _row(rule, figures, tuning.origin)
         write(path, tables)
         yield f"{label}: {_describe(rows[key].config)}", True
 

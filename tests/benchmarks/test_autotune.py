@@ -63,22 +63,22 @@ def milliseconds(function: Any, operands: tuple[Array], runs: int) -> list[float
 
 
 @pytest.fixture
-def session(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> autotune.Session:
+def tuning(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> autotune.Tuning:
     """One that writes beside an empty table, and heats nothing."""
     monkeypatch.setitem(TABLES, "decode_attention", {})
     monkeypatch.setattr(autotune, "heat", lambda queue: queue())
-    return autotune.Session(model="h100", origin=ORIGIN, out=tmp_path, time=milliseconds)
+    return autotune.Tuning(model="h100", origin=ORIGIN, out=tmp_path, time=milliseconds)
 
 
-def tune(session: autotune.Session, *configs: Config) -> tuple[list[str], int]:
+def tune(tuning: autotune.Tuning, *configs: Config) -> tuple[list[str], int]:
     """The lines, and how many keys have no row."""
-    lines = list(autotune.tune("decode_attention", kernel(*configs), session))
+    lines = list(autotune.tune("decode_attention", kernel(*configs), tuning))
     return [line for line, _ in lines], sum(not found for _, found in lines)
 
 
-def written(session: autotune.Session) -> Mapping[str, Mapping[tuple, Row]]:
+def written(tuning: autotune.Tuning) -> Mapping[str, Mapping[tuple, Row]]:
     found: dict[str, Any] = {}
-    exec((session.out / "decode_attention" / "tile_table.py").read_text(), found)
+    exec((tuning.out / "decode_attention" / "tile_table.py").read_text(), found)
     return found["TABLES"]
 
 
@@ -86,11 +86,11 @@ RULE, FASTER, WRONG = Config(ms=300), Config(ms=200), Config(ms=100, factor=3)
 FAILING, TOO_LARGE = Config(ms=50, factor=10**6), Config(ms=10, factor=0)
 
 
-def test_the_fastest_that_is_right_gets_the_row(session: autotune.Session):
-    lines, missing = tune(session, RULE, WRONG, FASTER, FAILING, TOO_LARGE)
+def test_the_fastest_that_is_right_gets_the_row(tuning: autotune.Tuning):
+    lines, missing = tune(tuning, RULE, WRONG, FASTER, FAILING, TOO_LARGE)
     assert missing == 0
     row = Row(config={"ms": 200, "factor": 2}, ms=400.0, rule_ms=600.0, origin=ORIGIN)
-    assert written(session) == {"decode_attention": {("h100", 64, None): row}}
+    assert written(tuning) == {"decode_attention": {("h100", 64, None): row}}
     assert TABLES["decode_attention"] == {("h100", 64, None): row}
     key = "decode_attention head_dim 64, block_kv None"
     assert lines == [
@@ -104,43 +104,43 @@ def test_the_fastest_that_is_right_gets_the_row(session: autotune.Session):
     ]
 
 
-def test_a_gain_within_the_noise_leaves_the_rule(session: autotune.Session):
-    tune(session, RULE, Config(ms=295))
+def test_a_gain_within_the_noise_leaves_the_rule(tuning: autotune.Tuning):
+    tune(tuning, RULE, Config(ms=295))
     row = TABLES["decode_attention"]["h100", 64, None]
     assert row.config == dataclasses.asdict(RULE)
     assert (row.ms, row.rule_ms) == (600.0, 600.0)
 
 
-def test_a_rule_that_is_wrong_is_reported(session: autotune.Session):
-    lines, missing = tune(session, WRONG, FASTER)
+def test_a_rule_that_is_wrong_is_reported(tuning: autotune.Tuning):
+    lines, missing = tune(tuning, WRONG, FASTER)
     assert lines[-1].endswith("no row, the rule's config is not right")
     assert missing == 1
     assert TABLES["decode_attention"] == {}
 
 
-def test_what_this_commit_measured_is_not_measured_again(session: autotune.Session):
-    tune(session, RULE, FASTER)
-    dirty = dataclasses.replace(session, origin=ORIGIN | {"commit": ORIGIN["commit"] + "-dirty"})
-    for again in (session, dirty):
+def test_what_this_commit_measured_is_not_measured_again(tuning: autotune.Tuning):
+    tune(tuning, RULE, FASTER)
+    dirty = dataclasses.replace(tuning, origin=ORIGIN | {"commit": ORIGIN["commit"] + "-dirty"})
+    for again in (tuning, dirty):
         lines, _ = tune(again, RULE, FASTER)
         assert lines[0] == "decode_attention head_dim 64, block_kv None: measured before"
         assert len(lines) == 2
-    other = dataclasses.replace(session, origin=ORIGIN | {"commit": "b" * 40})
+    other = dataclasses.replace(tuning, origin=ORIGIN | {"commit": "b" * 40})
     assert len(tune(other, RULE, FASTER)[0]) == 4
     assert TABLES["decode_attention"]["h100", 64, None].origin["commit"] == "b" * 40
 
 
 def test_rows_of_other_models_and_kernels_stay(
-    session: autotune.Session, monkeypatch: pytest.MonkeyPatch
+    tuning: autotune.Tuning, monkeypatch: pytest.MonkeyPatch
 ):
     row = Row(config={"ms": 1, "factor": 2}, ms=1.0, rule_ms=1.0, origin=ORIGIN)
     monkeypatch.setitem(TABLES, "another", {("h100", 64): row})
     monkeypatch.setitem(TABLES["decode_attention"], ("h200", 64, None), row)
-    tune(session, RULE, FASTER)
-    assert written(session)["another"] == {("h100", 64): row}
-    models = [model for model, *_ in written(session)["decode_attention"]]
+    tune(tuning, RULE, FASTER)
+    assert written(tuning)["another"] == {("h100", 64): row}
+    models = [model for model, *_ in written(tuning)["decode_attention"]]
     assert models == ["h100", "h200"]
-    text = (session.out / "decode_attention" / "tile_table.py").read_text()
+    text = (tuning.out / "decode_attention" / "tile_table.py").read_text()
     assert max(map(len, text.splitlines())) <= 100
 
 
