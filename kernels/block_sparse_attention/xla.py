@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from sparseattn_jax.kernels import block_lists
 from sparseattn_jax.kernels.products import matmul
+from sparseattn_jax.kernels.softmax import gradient_terms
 
 
 @functools.partial(jax.jit, static_argnames=("block_q", "block_kv", "is_causal", "scale"))
@@ -101,11 +102,8 @@ def run_vjp(
     q_indices, q_counts = block_lists.transpose(indices, counts, num_kv_blocks)
 
     d_out_tiles = _to_blocks(d_out, block_q)
-    # dS = P * (dP - delta): the softmax's own term and the gradient that arrives through lse.
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
-    delta_tiles = _to_blocks(delta, block_q)
-    # exp(score - inf) = 0 keeps empty rows out of every gradient.
-    lse_tiles = _to_blocks(jnp.where(jnp.isneginf(lse), jnp.inf, lse), block_q)
+    terms = gradient_terms(out, lse, d_out, d_lse)
+    lse_tiles, delta_tiles = (_to_blocks(x, block_q) for x in terms)
 
     def gradients_of_tile(q_block: Array, kv_block: Array, is_listed: Array) -> tuple[Array, Array]:
         """P and dS of one tile per head."""

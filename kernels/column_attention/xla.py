@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from sparseattn_jax.kernels import block_lists
 from sparseattn_jax.kernels.products import matmul
+from sparseattn_jax.kernels.softmax import gradient_terms, softmax
 
 _STATIC = ("block_q", "block_kv", "is_causal", "scale", "workspace_bytes")
 
@@ -46,13 +47,8 @@ def run(
     def attend(chunk: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
         index, queries, *lists = chunk
         scores = _scores(queries, keys, sees.in_chunk(index, *lists), scale)
-        row_max = jnp.max(scores, axis=-1)
-        shift = jnp.where(jnp.isneginf(row_max), 0.0, row_max)
-        weights = jnp.exp(scores - shift[..., None])
-        row_sum = jnp.sum(weights, axis=-1)
-        divisor = jnp.where(row_sum == 0.0, 1.0, row_sum)
-        lse = jnp.where(row_sum == 0.0, -jnp.inf, shift + jnp.log(divisor))
-        out = matmul("bnqc,bnch->bnqh", weights / divisor[..., None], values)
+        weights, lse = softmax(scores)
+        out = matmul("bnqc,bnch->bnqh", weights, values)
         return out.astype(q.dtype), lse
 
     rows = chunks.cut(q), chunks.cut_blocks(kv_indices), chunks.cut_blocks(kv_num_blocks)
@@ -88,10 +84,7 @@ def run_vjp(
         columns, num_columns, kv_lengths, segment_ids, chunks, k.shape[1], block_kv, is_causal
     )
     keys, values = _gather(k, columns), _gather(v, columns)
-    # dS = P * (dP - delta): the softmax's own term and the gradient that arrives through lse.
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
-    # exp(score - inf) = 0 keeps empty rows out of every gradient.
-    finite_lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)
+    finite_lse, delta = gradient_terms(out, lse, d_out, d_lse)
 
     def visit(
         sums: tuple[Array, Array], chunk: tuple[Array, ...]

@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from sparseattn_jax.kernels.products import matmul
+from sparseattn_jax.kernels.softmax import softmax
 
 _CHUNK_BYTES = 2**28  # of scores
 
@@ -87,12 +88,7 @@ def _softmax_and_values(
     logits: Float32[Array, "B N rows S"], v: Float[Array, "B S K H"]
 ) -> tuple[Float32[Array, "B rows N H"], Float32[Array, "B rows N"]]:
     batch, num_heads, num_rows, kv_len = logits.shape
-    highest = lax.stop_gradient(logits.max(axis=-1))
-    shift = jnp.where(jnp.isneginf(highest), 0.0, highest)
-    weights = jnp.exp(logits - shift[..., None])
-    total = weights.sum(axis=-1)
-    divisor = jnp.where(total == 0.0, 1.0, total)
-    lse = jnp.where(total == 0.0, -jnp.inf, shift + jnp.log(divisor))
-    weights = (weights / divisor[..., None]).reshape(batch, v.shape[2], -1, num_rows, kv_len)
+    weights, lse = softmax(logits)
+    weights = weights.reshape(batch, v.shape[2], -1, num_rows, kv_len)
     out = matmul("bkgts,bskh->btkgh", weights, v)
     return out.reshape(batch, num_rows, num_heads, -1), jnp.moveaxis(lse, 1, 2)

@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from sparseattn_jax.kernels.products import matmul
+from sparseattn_jax.kernels.softmax import gradient_terms, softmax
 
 # Sums over the sinks and over the band, the two sets of keys of _Geometry.
 type _KeySums = tuple[Float32[Array, "B sink K H"], Float32[Array, "B band K H"]]
@@ -42,13 +43,8 @@ def run(
         keys = geometry.keys_of_chunk(k_sinks, k_band, index)
         values = geometry.keys_of_chunk(v_sinks, v_band, index)
         scores = _scores(queries, keys, sees.keys_of_chunk(index), scale)
-        row_max = jnp.max(scores, axis=-1)
-        shift = jnp.where(jnp.isneginf(row_max), 0.0, row_max)
-        weights = jnp.exp(scores - shift[..., None])
-        row_sum = jnp.sum(weights, axis=-1)
-        divisor = jnp.where(row_sum == 0.0, 1.0, row_sum)
-        lse = jnp.where(row_sum == 0.0, -jnp.inf, shift + jnp.log(divisor))
-        out = matmul("bkgqs,bskh->bqkgh", weights / divisor[..., None], values)
+        weights, lse = softmax(scores)
+        out = matmul("bkgqs,bskh->bqkgh", weights, values)
         return out.astype(q.dtype), jnp.moveaxis(lse, 3, 1)
 
     indices = jnp.arange(geometry.num_chunks, dtype=jnp.int32)
@@ -78,10 +74,7 @@ def run_vjp(
     sees = _Visibility.of(geometry, sink_sizes, recent_sizes, kv_lengths)
     k_sinks, k_band = geometry.sinks_and_band(k)
     v_sinks, v_band = geometry.sinks_and_band(v)
-    # dS = P * (dP - delta): the softmax's own term and the gradient that arrives through lse.
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
-    # exp(score - inf) = 0 keeps empty rows out of every gradient.
-    finite_lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)
+    finite_lse, delta = gradient_terms(out, lse, d_out, d_lse)
 
     def visit(
         carry: tuple[_KeySums, _KeySums], chunk: tuple[Array, ...]
