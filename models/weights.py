@@ -3,15 +3,21 @@
 import json
 import pathlib
 import zipfile
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from sparseattn_jax.models.config import LlamaConfig
 from sparseattn_jax.models.llama import Llama
+
+CONFIG = "config"
+"""The entry of the file that holds the model's shape."""
 
 
 def load(path: str | pathlib.Path, *, dtype: DTypeLike = jnp.float32) -> Llama:
@@ -29,23 +35,44 @@ def load(path: str | pathlib.Path, *, dtype: DTypeLike = jnp.float32) -> Llama:
     """
     path = pathlib.Path(path)
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = dict(file.items())
-        fields = json.loads(str(arrays.pop("config")))
+        fields, arrays = read(path)
         config = LlamaConfig(**fields, dtype=dtype, param_dtype=dtype)
-    except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} holds no model that training wrote: {error}") from error
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
-    shapes = nnx.to_pure_dict(state)
-    wanted = {_name(key): leaf.shape for key, leaf in jax.tree.leaves_with_path(shapes)}
+    return nnx.merge(graphdef, nnx.State(fill(path, nnx.to_pure_dict(state), arrays)))
+
+
+def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The fields of the model's config, and the arrays by name.
+
+    Raises:
+        ValueError: the file is no such .npz.
+        OSError: there is no such file.
+    """
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            arrays = dict(file.items())
+        return json.loads(str(arrays.pop(CONFIG))), arrays
+    except (KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(str(error)) from error
+
+
+def fill(path: pathlib.Path, shapes: PyTree, arrays: Mapping[str, np.ndarray]) -> PyTree:
+    """The arrays of the file, in the places and dtypes of a model's `shapes`.
+
+    Raises:
+        ValueError: they are not that model's.
+    """
+    wanted = {name_of(key): leaf.shape for key, leaf in jax.tree.leaves_with_path(shapes)}
     if wanted != {name: array.shape for name, array in arrays.items()}:
         odd = sorted(wanted.keys() ^ arrays.keys()) or "their shapes"
         raise ValueError(f"{path} does not hold the arrays of its own model; odd: {odd}")
-    weights = jax.tree.map_with_path(
-        lambda key, leaf: jnp.asarray(arrays[_name(key)], leaf.dtype), shapes
+    return jax.tree.map_with_path(
+        lambda key, leaf: jnp.asarray(arrays[name_of(key)], leaf.dtype), shapes
     )
-    return nnx.merge(graphdef, nnx.State(weights))
 
 
-def _name(key: tuple) -> str:
+def name_of(key: tuple) -> str:
+    """The name of a parameter's array, from its path in the model."""
     return jax.tree_util.keystr(key, simple=True, separator=".")

@@ -2,19 +2,17 @@
 
 import json
 import pathlib
-import zipfile
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
 from sparseattn_jax import models
+from sparseattn_jax.models import weights as model_weights
 from sparseattn_jax.train import gated_model
 from sparseattn_jax.train.config import InvalidRunError
 
-_SHAPE_ENTRY = "config"
 # They say how to compute, not which model it is.
 _NOT_SHAPE = ("dtype", "param_dtype")
 
@@ -22,11 +20,11 @@ _NOT_SHAPE = ("dtype", "param_dtype")
 def save(path: pathlib.Path, config: models.LlamaConfig, weights: PyTree) -> None:
     """Writes the file whole or not at all."""
     arrays: dict[str, Any] = {
-        jax.tree_util.keystr(key, simple=True, separator="."): np.asarray(leaf, np.float16)
+        model_weights.name_of(key): np.asarray(leaf, np.float16)
         for key, leaf in jax.tree.leaves_with_path(weights)
     }
     unfinished = path.with_suffix(".unfinished.npz")
-    np.savez(unfinished, **{_SHAPE_ENTRY: np.array(json.dumps(_shape(config)))}, **arrays)
+    np.savez(unfinished, **{model_weights.CONFIG: np.array(json.dumps(_shape(config)))}, **arrays)
     unfinished.replace(path)
 
 
@@ -37,10 +35,8 @@ def load(path: pathlib.Path, config: models.LlamaConfig) -> PyTree:
         InvalidRunError: the file is no such .npz, or of a model of another shape.
     """
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = dict(file.items())
-        stored = json.loads(str(arrays.pop(_SHAPE_ENTRY)))
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        stored, arrays = model_weights.read(path)
+    except ValueError as error:
         raise InvalidRunError(f"{path} holds no weights that a run wrote: {error}") from error
     for name, value in _shape(config).items():
         if stored.get(name) != value:
@@ -48,20 +44,10 @@ def load(path: pathlib.Path, config: models.LlamaConfig) -> PyTree:
                 f"{path} is of a model with {name} {stored.get(name)}, and the run's model has "
                 f"{value}; set model.{name} to the former or take other weights"
             )
-    shapes = gated_model.weight_shapes(config)
-    paths = {
-        jax.tree_util.keystr(key, simple=True, separator="."): leaf.shape
-        for key, leaf in jax.tree.leaves_with_path(shapes)
-    }
-    if paths != {name: array.shape for name, array in arrays.items()}:
-        odd = sorted(paths.keys() ^ arrays.keys())
-        raise InvalidRunError(f"{path} does not hold the arrays of its own model; odd: {odd}")
-    return jax.tree.map_with_path(
-        lambda key, leaf: jnp.asarray(
-            arrays[jax.tree_util.keystr(key, simple=True, separator=".")], leaf.dtype
-        ),
-        shapes,
-    )
+    try:
+        return model_weights.fill(path, gated_model.weight_shapes(config), arrays)
+    except ValueError as error:
+        raise InvalidRunError(str(error)) from error
 
 
 def _shape(config: models.LlamaConfig) -> dict[str, Any]:
