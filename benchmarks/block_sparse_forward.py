@@ -80,14 +80,12 @@ class Work:
 def figures(work: Work, options: Options, length: int) -> Iterator[Record | str]:
     """Records of one length, and sentences about what could not be recorded."""
     shape = options.shape
-    rows = gate.sample_rows(length, shape.block_size, seed=options.seed)
-    num_blocks = length // shape.block_size
-    keeps = {
-        f"p={probability:g}": draw_blocks(
-            shape.num_heads, num_blocks, probability, seed=options.seed
-        )
-        for probability in work.probabilities
-    }
+    size = shape.block_size
+    rows = gate.sample_rows(length, size, seed=options.seed)
+    draw = functools.partial(
+        draw_blocks, shape.num_heads, length, block_q=size, block_kv=size, seed=options.seed
+    )
+    keeps = {f"p={probability:g}": draw(probability) for probability in work.probabilities}
     judges = {
         case: functools.partial(work.judge, rows=rows, keep=keep) for case, keep in keeps.items()
     }
@@ -140,13 +138,15 @@ def random_operands(
 
 
 def draw_blocks(
-    num_heads: int, num_blocks: int, probability: float, *, seed: int
-) -> Bool[np.ndarray, "N Tb Tb"]:
-    """Random causally visible blocks, with the sink and the diagonal."""
-    drawn = np.random.default_rng(seed).random((num_heads, num_blocks, num_blocks)) < probability
-    drawn |= np.eye(num_blocks, dtype=bool)
-    drawn[:, :, 0] = True
-    return drawn & np.tri(num_blocks, dtype=bool)
+    num_heads: int, length: int, probability: float, *, block_q: int, block_kv: int, seed: int
+) -> Bool[np.ndarray, "N Tb Sb"]:
+    """Random causally visible blocks, with the sink and those on the diagonal."""
+    first_query = np.arange(0, length, block_q)[:, None]
+    first_key = np.arange(0, length, block_kv)[None]
+    visible = first_key < first_query + block_q
+    forced = (first_key == 0) | (first_key + block_kv > first_query)
+    drawn = np.random.default_rng(seed).random((num_heads, *visible.shape)) < probability
+    return (drawn | forced) & visible
 
 
 def _block_mask(keep: Bool[Array, "1 N Tb Tb"], *, shape: Shape, length: int) -> BlockMask:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from benchmarks import decode, gate
-from benchmarks.block_sparse_forward import random_operands
+from benchmarks.block_sparse_forward import draw_blocks, random_operands
 from benchmarks.block_sparse_forward_backward import random_output_gradient
 from benchmarks.gradient_gate import judge_gradients
 from benchmarks.shapes import SHAPES, Shape
@@ -92,10 +92,7 @@ def _forward(head_dim: int, block_q: int, block_kv: int) -> Problem:
     """A causal prefill over random lists."""
     length, shape = LENGTHS["block_sparse_attention"], _shape(head_dim)
     rows = gate.sample_rows(length, 128, seed=_SEED)
-    keeps = {
-        case: draw_blocks(shape.num_heads, length, block_q, block_kv, density)
-        for case, density in DENSITIES.items()
-    }
+    keeps = _keeps(shape, length, block_q, block_kv)
 
     def draw() -> Mapping[str, Operands]:
         qkv = random_operands(shape, length, seed=_SEED)
@@ -123,10 +120,7 @@ def _backward(head_dim: int, block_kv: int) -> Problem:
     """The gradients of a causal prefill over random lists."""
     length, block_q, shape = LENGTHS["block_sparse_attention_vjp"], 128, _shape(head_dim)
     rows = gate.sample_rows(length, 128, seed=_SEED)
-    keeps = {
-        case: draw_blocks(shape.num_heads, length, block_q, block_kv, density)
-        for case, density in DENSITIES.items()
-    }
+    keeps = _keeps(shape, length, block_q, block_kv)
     options: dict[str, Any] = {
         "block_q": block_q,
         "block_kv": block_kv,
@@ -225,7 +219,9 @@ def _scores(depth: int) -> Problem:
         "block_size": block,
         "is_causal": True,
     }
-    reference = jax.jit(functools.partial(scores.antidiagonal_scores, **options, backend="xla"))
+    reference = gate.jit_reference(
+        functools.partial(scores.antidiagonal_scores, **options, backend="xla")
+    )
 
     def draw() -> Mapping[str, Operands]:
         return {"causal": random_operands(shape, length, seed=_SEED)[:2]}
@@ -257,7 +253,9 @@ def _sums(head_dim: int, is_even: bool) -> Problem:
         _shape(head_dim), num_heads=32 if is_even else 24
     )  # 4 or 3 per kv head
     options: dict[str, Any] = {"num_queries": 64}
-    reference = jax.jit(functools.partial(sums.vertical_slash_scores, **options, backend="xla"))
+    reference = gate.jit_reference(
+        functools.partial(sums.vertical_slash_scores, **options, backend="xla")
+    )
 
     def draw() -> Mapping[str, Operands]:
         q, k, _ = random_operands(shape, length, seed=_SEED)
@@ -273,16 +271,14 @@ def _sums(head_dim: int, is_even: bool) -> Problem:
     return Problem(run=run, draw=draw, judge=judge)
 
 
-def draw_blocks(
-    num_heads: int, length: int, block_q: int, block_kv: int, density: float
-) -> Bool[np.ndarray, "N Tb Sb"]:
-    """Random causally visible blocks, with the sink and those on the diagonal."""
-    first_query = np.arange(0, length, block_q)[:, None]
-    first_key = np.arange(0, length, block_kv)[None]
-    visible = first_key < first_query + block_q
-    forced = (first_key == 0) | (first_key + block_kv > first_query)
-    drawn = np.random.default_rng(_SEED).random((num_heads, *visible.shape)) < density
-    return (drawn | forced) & visible
+def _keeps(
+    shape: Shape, length: int, block_q: int, block_kv: int
+) -> dict[str, Bool[np.ndarray, "N Tb Sb"]]:
+    """Random causally visible blocks, by case."""
+    draw = functools.partial(
+        draw_blocks, shape.num_heads, length, block_q=block_q, block_kv=block_kv, seed=_SEED
+    )
+    return {case: draw(density) for case, density in DENSITIES.items()}
 
 
 def _lists(keep: Bool[np.ndarray, "N Tb Sb"]) -> tuple[Array, Array]:

@@ -12,7 +12,6 @@ from tests.oracles import attention as oracle
 
 SHAPE = SHAPES["toy"]
 LENGTH = 512
-BLOCKS = LENGTH // SHAPE.block_size
 ROWS = gate.sample_rows(LENGTH, SHAPE.block_size, seed=0)
 
 Operands = tuple[jax.Array, jax.Array, jax.Array]
@@ -25,7 +24,8 @@ def operands() -> Operands:
 
 @pytest.fixture(scope="module")
 def keep() -> np.ndarray:
-    return draw_blocks(SHAPE.num_heads, BLOCKS, 0.25, seed=0)
+    size = SHAPE.block_size
+    return draw_blocks(SHAPE.num_heads, LENGTH, 0.25, block_q=size, block_kv=size, seed=0)
 
 
 def attend(operands: Operands, keep: np.ndarray, scale: float | None = None) -> np.ndarray:

@@ -30,7 +30,7 @@ def operands() -> Arrays:
 
 @pytest.fixture(scope="module")
 def keep() -> np.ndarray:
-    return draw_blocks(SHAPE.num_heads, LENGTH // SIZE, 0.25, seed=0)
+    return draw_blocks(SHAPE.num_heads, LENGTH, 0.25, block_q=SIZE, block_kv=SIZE, seed=0)
 
 
 def by_the_oracle(operands: Arrays, keep: np.ndarray, scale: float | None = None) -> Arrays:

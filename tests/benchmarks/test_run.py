@@ -198,12 +198,12 @@ def test_peers_that_are_not_installed_are_named(
     ],
 )
 def test_drawn_blocks(probability: float, picture: str) -> None:
-    drawn = block_sparse_forward.draw_blocks(2, 4, probability, seed=0)
+    drawn = block_sparse_forward.draw_blocks(2, 8, probability, block_q=2, block_kv=2, seed=0)
     np.testing.assert_array_equal(drawn, np.stack([block_matrix(picture)] * 2))
 
 
 def test_blocks_are_drawn_with_their_probability() -> None:
-    drawn = block_sparse_forward.draw_blocks(8, 64, 0.25, seed=0)
+    drawn = block_sparse_forward.draw_blocks(8, 128, 0.25, block_q=2, block_kv=2, seed=0)
     inside = np.tri(64, k=-1, dtype=bool)
     inside[:, 0] = False
     assert drawn[:, inside].mean() == pytest.approx(0.25, abs=0.01)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import tuned_kernels
+from benchmarks.block_sparse_forward import draw_blocks
 from benchmarks.shapes import SHAPES
 from benchmarks.tuned_kernels import KERNELS, Name, Operands
 from sparseattn_jax.kernels.antidiagonal_scores import antidiagonal_scores
@@ -71,7 +72,7 @@ def test_operands_exceed_the_cache_and_are_of_one_shape(name: Name):
 
 
 def test_blocks_are_visible_ones_with_sink_and_diagonal():
-    drawn = tuned_kernels.draw_blocks(1, 8, 4, 2, density=0.0)
+    drawn = draw_blocks(1, 8, 0.0, block_q=4, block_kv=2, seed=0)
     np.testing.assert_array_equal(drawn[0], [[1, 1, 0, 0], [1, 0, 1, 1]])
-    drawn = tuned_kernels.draw_blocks(2, 8, 2, 4, density=1.0)
+    drawn = draw_blocks(2, 8, 1.0, block_q=2, block_kv=4, seed=0)
     np.testing.assert_array_equal(drawn[1], [[1, 0], [1, 0], [1, 1], [1, 1]])
