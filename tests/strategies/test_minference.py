@@ -2,14 +2,11 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 from sparseattn_jax import (
     HeadPatterns,
@@ -20,6 +17,7 @@ from sparseattn_jax import (
     prefill_attention,
     sparse_attention,
 )
+from tests.kernels.xla_programs import arrays, operations
 from tests.oracles import attention, minference, selection
 from tests.oracles.vertical_slash import vertical_slash_scores
 
@@ -44,13 +42,6 @@ def draw(B: int = 2, T: int = 45, S: int = 59, N: int = 4, K: int = 2, H: int = 
     rng = np.random.default_rng(T + S)
     shapes = [(B, T, N, H), (B, S, K, H), (B, S, K, H)]
     return [jnp.array(2 * rng.normal(size=shape), jnp.float32) for shape in shapes]
-
-
-def equations(jaxpr: Any) -> Iterator[Any]:
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from equations(inner)
 
 
 CASES = {
@@ -255,8 +246,7 @@ def test_a_capacity_keeps_the_distances_of_highest_mass() -> None:
 
 def test_memory_holds_no_array_of_all_pairs() -> None:
     q, k, _ = draw(B=1, T=2048, S=2048, N=2, K=1)
-    program = jax.make_jaxpr(MInference().select)(q, k).jaxpr
-    made = [variable.aval for equation in equations(program) for variable in equation.outvars]
+    made = arrays(operations(MInference().select, q, k))
     # The largest are the last queries' softmax rows, and what sums their diagonals.
     assert max(array.size for array in made) <= 2 * 2 * 64 * (2048 + 64)
 

@@ -1,23 +1,27 @@
 """The xla implementation and its gradients against the float64 oracle."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 from sparseattn_jax.kernels import block_lists
 from sparseattn_jax.kernels import column_attention as op
 from sparseattn_jax.kernels.attention_union import union
-from sparseattn_jax.kernels.backends import Implementation, UnsupportedError, never_refuses
+from sparseattn_jax.kernels.backends import UnsupportedError
 from sparseattn_jax.kernels.block_sparse_attention import block_sparse_attention
 from sparseattn_jax.kernels.column_attention import column_attention, xla
 from tests.drawing import block_matrix
+from tests.kernels.xla_programs import (
+    arrays,
+    multiplications,
+    operations_with_gradients,
+    plant,
+)
 from tests.oracles import attention as oracle
 
 
@@ -212,54 +216,21 @@ def test_half_precision_stays_so(dtype: Any):
     np.testing.assert_allclose(lse, expected_lse, atol=1e-3)
 
 
-def equations(jaxpr: Any, trips: int = 1) -> Iterator[tuple[Any, int]]:
-    """Every operation of a program, with how often it runs."""
-    for equation in jaxpr.eqns:
-        yield equation, trips
-        inside = trips * equation.params.get("length", 1)
-        for inner in jaxprs_in_params(equation.params):
-            yield from equations(inner, inside)
-
-
-def program(case: Case) -> list[tuple[Any, int]]:
-    """The operations of a forward and a backward pass."""
-
-    def gradients(*qkv: jax.Array) -> Any:
-        out, vjp = jax.vjp(attend(case), *qkv)
-        return vjp(out)
-
-    return list(equations(jax.make_jaxpr(gradients)(*operands(case)).jaxpr))
-
-
-def multiplications(equation: Any) -> int:
-    if equation.primitive.name != "dot_general":
-        return 0
-    (contracted, _), _ = equation.params["dimension_numbers"]
-    terms = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-    return terms * equation.outvars[0].aval.size
-
-
 @pytest.mark.parametrize("kv_len", [1024, 4096])
 def test_work_follows_the_columns_not_the_keys(kv_len: int):
     case = Case(B=1, T=1024, S=kv_len, N=1, K=1, counts=(7,), workspace_bytes=2**12)
-    work = sum(trips * multiplications(equation) for equation, trips in program(case))
+    work = multiplications(operations_with_gradients(attend(case), operands(case)))
     # Two products forward and five backward.
     assert work == (2 + 5) * case.T * case.C * case.H
 
 
 def test_memory_holds_no_array_of_all_pairs():
     case = Case(B=1, T=1024, S=1024, N=1, K=1, counts=(7,), workspace_bytes=2**12)
-    made = [variable.aval for equation, _ in program(case) for variable in equation.outvars]
+    made = arrays(operations_with_gradients(attend(case), operands(case)))
     # That many entries have the lists.
     assert max(array.size for array in made) <= case.T // 4 * case.S // 4
     scores = [x for x in made if x.shape[-1:] == (case.C,) and x.dtype == jnp.float32]
     assert scores and max(array.size for array in scores) <= 2**12 // 4
-
-
-def planted(monkeypatch: pytest.MonkeyPatch, **faulty: Callable) -> None:
-    for name, run in faulty.items():
-        table = {"xla": Implementation(run, never_refuses)}
-        monkeypatch.setattr(op, f"_{name.upper()}", table)
 
 
 def nothing_left_out(*args: Any, **options: Any) -> Any:
@@ -289,7 +260,7 @@ FAULTS = [
 
 @pytest.mark.parametrize("faulty", FAULTS, ids=lambda fault: next(iter(fault.values())).__name__)
 def test_a_faulty_implementation_is_seen(monkeypatch: pytest.MonkeyPatch, faulty: dict):
-    planted(monkeypatch, **faulty)
+    plant(monkeypatch, op, **faulty)
     with pytest.raises(AssertionError, match="Mismatched"):
         assert_equals_the_oracle(CASES[0])
 

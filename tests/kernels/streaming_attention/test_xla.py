@@ -3,8 +3,7 @@
 import dataclasses
 import functools
 import inspect
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,12 +12,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.extend.core import jaxprs_in_params
 
 from sparseattn_jax.kernels import streaming_attention as op
-from sparseattn_jax.kernels.backends import Implementation, UnsupportedError, never_refuses
+from sparseattn_jax.kernels.backends import UnsupportedError
 from sparseattn_jax.kernels.streaming_attention import streaming_attention, xla
 from tests.drawing import block_matrix
+from tests.kernels.xla_programs import (
+    arrays,
+    multiplications,
+    operations_with_gradients,
+    plant,
+)
 from tests.oracles import attention, streaming
 
 
@@ -240,37 +244,10 @@ def test_batching_by_vmap_equals_a_batch():
     jax.tree.map(assert_close, together, expected)
 
 
-def equations(jaxpr: Any, trips: int = 1) -> Iterator[tuple[Any, int]]:
-    """Every operation of a program, with how often it runs."""
-    for equation in jaxpr.eqns:
-        yield equation, trips
-        inside = trips * equation.params.get("length", 1)
-        for inner in jaxprs_in_params(equation.params):
-            yield from equations(inner, inside)
-
-
-def program(case: Case) -> list[tuple[Any, int]]:
-    """The operations of a forward and a backward pass."""
-
-    def gradients(*qkv: jax.Array) -> tuple[jax.Array, ...]:
-        out, vjp = jax.vjp(attend(case), *qkv)
-        return vjp(out)
-
-    return list(equations(jax.make_jaxpr(gradients)(*operands(case)).jaxpr))
-
-
-def multiplications(equation: Any) -> int:
-    if equation.primitive.name != "dot_general":
-        return 0
-    (contracted, _), _ = equation.params["dimension_numbers"]
-    terms = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-    return terms * equation.outvars[0].aval.size
-
-
 @pytest.mark.parametrize("kv_len", [1000, 3000])
 def test_work_follows_the_window_not_the_keys(kv_len: int):
     case = Case(T=1000, S=kv_len, N=1, K=1, H=8, sink=16, recent=48)
-    work = sum(trips * multiplications(equation) for equation, trips in program(case))
+    work = multiplications(operations_with_gradients(attend(case), operands(case)))
     # 16 chunks of 64 queries, each with 16 sinks, 48 recent keys and 63 more; two products forward
     # and five backward.
     assert work == (2 + 5) * 16 * 64 * (16 + 48 + 63) * case.H
@@ -278,14 +255,8 @@ def test_work_follows_the_window_not_the_keys(kv_len: int):
 
 def test_memory_follows_the_tokens_not_their_pairs():
     case = Case(T=1000, S=1000, N=1, K=1, H=8, sink=16, recent=48)
-    made = [variable.aval for equation, _ in program(case) for variable in equation.outvars]
+    made = arrays(operations_with_gradients(attend(case), operands(case)))
     assert max(array.size for array in made) < 2 * case.S * case.H
-
-
-def planted(monkeypatch: pytest.MonkeyPatch, **faulty: Callable) -> None:
-    for name, run in faulty.items():
-        table = {"xla": Implementation(run, never_refuses)}
-        monkeypatch.setattr(op, f"_{name.upper()}", table)
 
 
 def window_too_long(*args: Any, recent_size: int, **options: Any) -> Any:
@@ -319,7 +290,7 @@ FAULTS = [
 
 @pytest.mark.parametrize("faulty", FAULTS, ids=lambda fault: next(iter(fault.values())).__name__)
 def test_a_faulty_implementation_is_seen(monkeypatch: pytest.MonkeyPatch, faulty: dict):
-    planted(monkeypatch, **faulty)
+    plant(monkeypatch, op, **faulty)
     with pytest.raises(AssertionError, match="Mismatched"):
         assert_equals_the_oracle(Case())
 
@@ -336,7 +307,7 @@ def test_a_sink_counted_twice_is_seen(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(xla._Visibility, "keys_of_chunk", twice)
     # Without jit, whose cache would hold the right program.
-    planted(monkeypatch, forward=inspect.unwrap(xla.run))
+    plant(monkeypatch, op, forward=inspect.unwrap(xla.run))
     with pytest.raises(AssertionError, match="Mismatched"):
         assert_equals_the_oracle(Case())
 
