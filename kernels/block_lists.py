@@ -26,7 +26,7 @@ def from_dense(
     """
     num_cols = keep.shape[-1]
     width = num_cols if width is None else width
-    columns = jnp.where(keep, _columns_of(keep), num_cols)
+    columns = jnp.where(keep, columns_of(keep), num_cols)
     indices = jnp.sort(columns, axis=-1)[..., :width]
     first = indices[..., :1]
     indices = jnp.where(indices < num_cols, indices, jnp.where(first < num_cols, first, 0))
@@ -37,7 +37,7 @@ def to_dense(
     indices: Int32[Array, "*batch rows width"], counts: Int32[Array, "*batch rows"], num_cols: int
 ) -> Bool[Array, "*batch rows cols"]:
     """The block matrix that the lists describe; the inverse of `from_dense`."""
-    is_listed = _columns_of(indices) < counts[..., None]
+    is_listed = columns_of(indices) < counts[..., None]
     # Entries past the count go to an extra column, which is dropped.
     columns = jnp.where(is_listed, indices, num_cols)
     keep = jnp.zeros((*counts.shape, num_cols + 1), dtype=bool)
@@ -57,6 +57,8 @@ def keep_highest(
     width: int | Int32[Array, "*batch rows"],
 ) -> Bool[Array, "*batch rows cols"]:
     """Of each row's kept columns the `width` highest-scored; among equals the lower column."""
+    if isinstance(width, int) and width >= keep.shape[-1]:
+        return keep
     scores = scores.astype(jnp.float32)
     scores = jnp.where(scores == 0.0, 0.0, scores)  # -0.0 ranks like 0.0
     bits = lax.bitcast_convert_type(scores, jnp.uint32)
@@ -96,5 +98,5 @@ def shortest_prefix(
     return is_above | (is_tied & (weight_of_above + before < needed[..., None]))
 
 
-def _columns_of(matrix: Array) -> Int32[Array, "*batch rows cols"]:
+def columns_of(matrix: Array) -> Int32[Array, "*batch rows cols"]:
     return lax.broadcasted_iota(jnp.int32, matrix.shape, matrix.ndim - 1)

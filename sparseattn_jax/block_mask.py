@@ -145,9 +145,13 @@ class BlockMask:
             )
         return BlockMask.from_dense(self.to_dense() & other.to_dense(), **self._geometry())
 
+    def num_visible(self, kv_lengths: Int32[Array, " B"] | None = None) -> Int32[Array, "#B Tb"]:
+        """How many of the first key blocks each query block sees; see `num_visible_blocks`."""
+        return num_visible_blocks(**self._geometry(), kv_lengths=kv_lengths)
+
     def density(self) -> Float32[Array, "B #N"]:
         """Listed blocks over the blocks that causality leaves visible, per head."""
-        visible = jnp.sum(num_visible_blocks(**self._geometry()), dtype=jnp.float32)
+        visible = jnp.sum(self.num_visible(), dtype=jnp.float32)
         listed = jnp.sum(self.kv_num_blocks, axis=-1, dtype=jnp.float32)
         return listed / jnp.maximum(visible, 1.0)
 

@@ -4,13 +4,15 @@ A strategy stands between `select_random` and `select_oracle` at its own budget:
 above the one and cannot be above the other.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from sparseattn_jax.attention import block_sparse_attention, sparse_attention
-from sparseattn_jax.block_mask import BlockMask, num_visible_blocks
+from sparseattn_jax.block_mask import BlockMask
 from sparseattn_jax.checks import (
     check_block_mask,
     check_kv_lengths,
@@ -21,8 +23,9 @@ from sparseattn_jax.checks import (
 from sparseattn_jax.kernels import block_lists
 from sparseattn_jax.kernels.backends import Backend
 from sparseattn_jax.kernels.pooled_scores import block_sums
+from sparseattn_jax.kernels.products import matmul
 from sparseattn_jax.pattern import SparsePattern
-from sparseattn_jax.selection import first_diagonal_blocks, visible_and_forced
+from sparseattn_jax.selection import diagonal_blocks, visible_and_forced
 from sparseattn_jax.strategies.full import Full
 
 type Selection = BlockMask | SparsePattern
@@ -114,7 +117,7 @@ def density(
     Raises:
         ValueError: there is not one length for each sequence.
     """
-    visible = jnp.sum(_num_visible(_blocks_of(selection), kv_lengths), axis=-1)
+    visible = jnp.sum(_blocks_of(selection).num_visible(kv_lengths), axis=-1)
     visible = jnp.maximum(visible, 1).astype(jnp.float32)
     return _costs(selection, kv_lengths).sum(axis=-1) / visible[:, None]
 
@@ -196,10 +199,8 @@ def select_random(
     shape = (*_costs(budget, kv_lengths).shape, blocks.num_kv_blocks)
     scores = jax.random.uniform(key, shape)
     if blocks.is_causal:
-        diagonals = first_diagonal_blocks(
-            blocks.q_len, blocks.kv_len, blocks.block_q, blocks.block_kv
-        )
-        num_visible = _num_visible(blocks, kv_lengths)
+        diagonals = diagonal_blocks(blocks.q_len, blocks.kv_len, blocks.block_q, blocks.block_kv)
+        num_visible = blocks.num_visible(kv_lengths)
         _, forced = visible_and_forced(num_visible, jnp.asarray(diagonals), shape[-1])
         scores = jnp.where(forced[:, None], 2.0, scores)
     return _highest(scores, budget, kv_lengths)
@@ -209,37 +210,22 @@ def _blocks_of(selection: Selection) -> BlockMask:
     return selection if isinstance(selection, BlockMask) else selection.blocks
 
 
-def _num_visible(blocks: BlockMask, kv_lengths: Int32[Array, " B"] | None) -> Int32[Array, "#B Tb"]:
-    return num_visible_blocks(
-        q_len=blocks.q_len,
-        kv_len=blocks.kv_len,
-        block_q=blocks.block_q,
-        block_kv=blocks.block_kv,
-        is_causal=blocks.is_causal,
-        kv_lengths=kv_lengths,
-    )
-
-
 def _costs(
     selection: Selection, kv_lengths: Int32[Array, " B"] | None
 ) -> Float32[Array, "B #N Tb"]:
     """The blocks that each row lists, its other columns as parts of one."""
     blocks = _blocks_of(selection)
-    num_visible = _num_visible(blocks, kv_lengths)[:, None, :, None]
-    listed = _columns_of(blocks.kv_indices) < blocks.kv_num_blocks[..., None]
+    num_visible = blocks.num_visible(kv_lengths)[:, None, :, None]
+    listed = block_lists.columns_of(blocks.kv_indices) < blocks.kv_num_blocks[..., None]
     costs = jnp.sum(listed & (blocks.kv_indices < num_visible), axis=-1, dtype=jnp.float32)
     if isinstance(selection, BlockMask) or selection.columns is None:
         return costs
     columns = selection.columns
     holders = (columns.indices // blocks.block_kv)[:, :, None, :]
     is_listed = jnp.take_along_axis(blocks.to_dense(), holders, axis=-1)
-    counts = _columns_of(holders) < columns.counts[:, :, None, None]
+    counts = block_lists.columns_of(holders) < columns.counts[:, :, None, None]
     extra = jnp.sum(counts & ~is_listed & (holders < num_visible), axis=-1, dtype=jnp.float32)
     return costs + extra / blocks.block_kv
-
-
-def _columns_of(matrix: Array) -> Int32[Array, "*batch cols"]:
-    return lax.broadcasted_iota(jnp.int32, matrix.shape, matrix.ndim - 1)
 
 
 def _highest(
@@ -247,21 +233,11 @@ def _highest(
 ) -> BlockMask:
     """Of each row's visible blocks those of highest score, as many as the budget has."""
     blocks = _blocks_of(budget)
-    counts = jnp.ceil(_costs(budget, kv_lengths)).astype(jnp.int32)
-    visible = _columns_of(scores) < _num_visible(blocks, kv_lengths)[:, None, :, None]
-    keep = block_lists.keep_highest(
-        scores,
-        visible,
-        jnp.broadcast_to(counts, scores.shape[:-1]),
-    )
-    return BlockMask.from_dense(
-        keep,
-        q_len=blocks.q_len,
-        kv_len=blocks.kv_len,
-        block_q=blocks.block_q,
-        block_kv=blocks.block_kv,
-        is_causal=blocks.is_causal,
-    )
+    width = jnp.ceil(_costs(budget, kv_lengths)).astype(jnp.int32)
+    visible = block_lists.columns_of(scores) < blocks.num_visible(kv_lengths)[:, None, :, None]
+    keep = block_lists.keep_highest(scores, visible, jnp.broadcast_to(width, scores.shape[:-1]))
+    indices, counts = block_lists.from_dense(keep)
+    return dataclasses.replace(blocks, kv_indices=indices, kv_num_blocks=counts)
 
 
 def block_mass(
@@ -289,12 +265,7 @@ def block_mass(
         if segment_ids is not None:
             of_queries = jnp.take(segment_ids, positions[0, :, 0], axis=1, mode="clip")
             visible = visible & (of_queries[:, :, None] == segment_ids[:, None])
-        logits = jnp.einsum(
-            "btgh,bsh->bgts",
-            q[:, row, :, head].astype(jnp.float32),
-            k[:, :, head].astype(jnp.float32),
-            precision=lax.Precision.HIGHEST,
-        )
+        logits = matmul("btgh,bsh->bgts", q[:, row, :, head], k[:, :, head])
         weights = jax.nn.softmax(logits * head_dim**-0.5, where=visible[:, None])
         return block_sums(weights.sum(axis=2), block_size=blocks.block_kv)
 

@@ -1,5 +1,6 @@
 """Patterns whose heads are selected by different strategies."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -74,16 +75,12 @@ def _check_alike(first: BlockMask, second: BlockMask) -> None:
 
 def _mixed_blocks(first: BlockMask, second: BlockMask, is_first: Array) -> BlockMask:
     width = max(first.kv_indices.shape[-1], second.kv_indices.shape[-1])
-    return BlockMask(
+    return dataclasses.replace(
+        first,
         kv_indices=_where(
             is_first, _widened(first.kv_indices, width), _widened(second.kv_indices, width)
         ),
         kv_num_blocks=_where(is_first, first.kv_num_blocks, second.kv_num_blocks),
-        q_len=first.q_len,
-        kv_len=first.kv_len,
-        block_q=first.block_q,
-        block_kv=first.block_kv,
-        is_causal=first.is_causal,
     )
 
 

@@ -18,16 +18,17 @@ type Scores = Callable[[Operands, tuple[int, int]], Float32[Array, "B N rows Sb"
 """Block scores of a range of query blocks, from the first to the one to stop before."""
 
 
-def first_diagonal_blocks(
+def diagonal_blocks(
     q_len: int, kv_len: int, block_q: int, block_kv: int | None = None
-) -> Int32[np.ndarray, " Tb"]:
-    """The key block that holds the position of each query block's first query.
+) -> Int32[np.ndarray, "2 Tb"]:
+    """The key blocks that hold the positions of each query block's first and last query.
 
-    The diagonal of a query block runs from here to its last visible block: where blocks are square,
-    one block, or two if the offset of the queries is no multiple of it.
+    The diagonal runs from one to the other: where blocks are square, one block, or two if the
+    offset of the queries is no multiple of it.
     """
-    starts = np.arange(0, q_len, block_q, dtype=np.int32)
-    return (starts + (kv_len - q_len)) // (block_q if block_kv is None else block_kv)
+    firsts = np.arange(0, q_len, block_q, dtype=np.int32)
+    lasts = np.minimum(firsts + block_q, q_len) - 1
+    return (np.stack([firsts, lasts]) + (kv_len - q_len)) // (block_kv or block_q)
 
 
 def num_forced_blocks(
@@ -90,9 +91,7 @@ def select_cumulative(
         is_causal=is_causal,
         kv_lengths=kv_lengths,
     )
-    diagonals = jnp.asarray(first_diagonal_blocks(q_len, kv_len, block_size))
-    ends = np.minimum(np.arange(1, num_q_blocks + 1, dtype=np.int32) * block_size, q_len)
-    last_diagonals = (ends - 1 + (kv_len - q_len)) // block_size
+    diagonals = jnp.asarray(diagonal_blocks(q_len, kv_len, block_size))
     first_seen = None
     if segment_ids is not None:
         starts = segment_bounds(segment_ids)[0][:, kv_len - q_len :: block_size]
@@ -100,18 +99,14 @@ def select_cumulative(
 
     def lists_of(inputs: tuple, first: int, stop: int) -> tuple[Array, Array, Array]:
         operands, num_visible, diagonals, first_seen = inputs
-        diagonals, num_visible = diagonals[first:stop], num_visible[:, first:stop]
         visible, forced = visible_and_forced(
-            num_visible,
-            diagonals if is_causal else None,
+            num_visible[:, first:stop],
+            diagonals[:, first:stop],
             num_kv_blocks,
             None if first_seen is None else first_seen[:, first:stop],
+            keep_sink=is_causal or keep_sink,
+            keep_recent=is_causal or keep_recent,
         )
-        if not is_causal:
-            last = last_diagonals[first:stop]
-            forced = visible & _sink_or_recent(
-                diagonals, last, num_kv_blocks, keep_sink=keep_sink, keep_recent=keep_recent
-            )
         return select_blocks(
             scores(operands, (first, stop)),
             threshold,
@@ -150,30 +145,16 @@ def select_cumulative(
 
 def visible_and_forced(
     num_visible: Int32[Array, "#B rows"],
-    diagonals: Int32[Array, " rows"] | None,
+    diagonals: Int32[Array, "2 rows"],
     num_kv_blocks: int,
     first_seen: Int32[Array, "B rows"] | None = None,
+    *,
+    keep_sink: bool = True,
+    keep_recent: bool = True,
 ) -> tuple[Bool[Array, "#B rows Sb"], Bool[Array, "#B rows Sb"]]:
-    """Of each row, from the first block that it sees on; without diagonals nothing is forced."""
+    """Of each row, from the first block that it sees on; forced are that one and the diagonal."""
     columns = jnp.arange(num_kv_blocks, dtype=jnp.int32)[None, None, :]
     first = jnp.zeros((1, 1, 1), jnp.int32) if first_seen is None else first_seen[..., None]
     visible = (columns < num_visible[..., None]) & (columns >= first)
-    if diagonals is None:
-        return visible, jnp.zeros_like(visible)
-    return visible, visible & ((columns >= diagonals[None, :, None]) | (columns == first))
-
-
-def _sink_or_recent(
-    first_diagonals: Int32[Array, " rows"],
-    last_diagonals: Int32[np.ndarray, " rows"],
-    num_kv_blocks: int,
-    *,
-    keep_sink: bool,
-    keep_recent: bool,
-) -> Bool[Array, "1 rows Sb"]:
-    """The first block, and those from a row's first diagonal to its last, where they are wanted."""
-    columns = jnp.arange(num_kv_blocks, dtype=jnp.int32)[None, None, :]
-    is_recent = (columns >= first_diagonals[None, :, None]) & (
-        columns <= last_diagonals[None, :, None]
-    )
-    return (is_recent & keep_recent) | ((columns == 0) & keep_sink)
+    is_recent = (columns >= diagonals[0][None, :, None]) & (columns <= diagonals[1][None, :, None])
+    return visible, visible & ((is_recent & keep_recent) | ((columns == first) & keep_sink))

@@ -1,6 +1,5 @@
 """Sinks and windows of recent keys: the blocks that hold them, and windows exact to the token."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
@@ -8,8 +7,9 @@ from sparseattn_jax.block_mask import BlockMask, num_visible_blocks
 from sparseattn_jax.checks import check_positive
 from sparseattn_jax.kernels import block_lists
 from sparseattn_jax.kernels.backends import UnsupportedError
+from sparseattn_jax.kernels.segments import segment_bounds
 from sparseattn_jax.pattern import HeadWindows, SparsePattern
-from sparseattn_jax.selection import first_diagonal_blocks
+from sparseattn_jax.selection import diagonal_blocks
 
 
 def check_window(sink_size: int, recent_size: int, is_causal: bool) -> None:
@@ -115,7 +115,7 @@ def _blocks(
     # A query block starts `phase` keys into a key block, each the same.
     phase = (kv_len - q_len) % block_size
     num_before = -((phase - reach) // block_size)
-    starts = first_diagonal_blocks(q_len, kv_len, block_size) - num_before
+    starts = diagonal_blocks(q_len, kv_len, block_size)[0] - num_before
     starts = jnp.minimum(jnp.maximum(starts, 0)[None, :], ends)
     if segment_ids is None:
         num_sinks = -(-sink_size // block_size)
@@ -154,11 +154,9 @@ def _segment_sinks(
 ) -> Bool[Array, "B Tb Sb"]:
     """The blocks that hold one of the first sink_size keys of a query's segment."""
     batch, kv_len = segment_ids.shape
-    positions = jnp.arange(kv_len, dtype=jnp.int32)[None, :]
-    is_first = segment_ids != jnp.roll(segment_ids, 1, axis=1)
-    starts = jax.lax.cummax(jnp.where(is_first, positions, 0), axis=1)[:, kv_len - q_len :]
+    starts = segment_bounds(segment_ids)[0][:, kv_len - q_len :]
     starts = jnp.pad(starts, ((0, 0), (0, -q_len % block_size)), mode="edge")
     starts = starts.reshape(batch, -1, block_size, 1)
-    first_keys = positions[:, ::block_size][:, None, None, :]
+    first_keys = jnp.arange(0, kv_len, block_size, dtype=jnp.int32)[None, None, None, :]
     is_sink = (first_keys < starts + sink_size) & (first_keys + block_size > starts)
     return is_sink.any(axis=2)

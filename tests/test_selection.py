@@ -11,7 +11,7 @@ import pytest
 from sparseattn_jax.block_mask import num_visible_blocks
 from sparseattn_jax.kernels.antidiagonal_scores import antidiagonal_scores
 from sparseattn_jax.selection import (
-    first_diagonal_blocks,
+    diagonal_blocks,
     num_forced_blocks,
     select_cumulative,
 )
@@ -51,7 +51,7 @@ def test_visible_and_forced_blocks_follow_the_tokens(q_len, kv_len, is_causal, l
     columns = np.arange(visible.shape[-1])
     np.testing.assert_array_equal(columns < np.array(counts)[:, None, :, None], visible)
     if is_causal:
-        diagonals = first_diagonal_blocks(q_len, kv_len, 8)[:, None]
+        diagonals = diagonal_blocks(q_len, kv_len, 8)[0][:, None]
         np.testing.assert_array_equal(((columns >= diagonals) | (columns == 0)) & visible, forced)
     most = num_forced_blocks(q_len, kv_len, 8, is_causal=is_causal)
     assert forced.sum(axis=-1).max() <= most

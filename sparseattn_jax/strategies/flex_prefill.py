@@ -26,7 +26,7 @@ from sparseattn_jax.kernels.coverage_counts import coverage_counts
 from sparseattn_jax.kernels.pooled_scores import block_sums, pooled_distance, pooled_scores
 from sparseattn_jax.kernels.vertical_slash_scores import vertical_slash_scores
 from sparseattn_jax.pattern import SparsePattern
-from sparseattn_jax.selection import first_diagonal_blocks
+from sparseattn_jax.selection import diagonal_blocks
 
 
 def _check_parameters(self: "FlexPrefill", q: jax.Array, is_causal: bool) -> None:
@@ -189,10 +189,8 @@ class FlexPrefill:
         kv_len, size = vertical.shape[-1], self.block_size
         least = -(-(self.min_budget or 1) // size)
         most = -(-min(self.max_budget or kv_len, kv_len) // size)
-        first = first_diagonal_blocks(q_len, kv_len, size)
-        last_query = np.minimum((np.arange(first.size) + 1) * size, q_len) - 1
         # Where the offset of the queries is no multiple of a block, a diagonal meets two blocks.
-        diagonals = np.stack([first, (last_query + kv_len - q_len) // size])
+        diagonals = diagonal_blocks(q_len, kv_len, size)
         away = diagonals[:, :, None] - np.arange(-(-kv_len // size))
 
         def highest(

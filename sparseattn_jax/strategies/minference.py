@@ -27,7 +27,7 @@ from sparseattn_jax.kernels.backends import Backend, UnsupportedError
 from sparseattn_jax.kernels.pooled_scores import pooled_scores
 from sparseattn_jax.kernels.vertical_slash_scores import vertical_slash_scores
 from sparseattn_jax.pattern import HeadWindows, SparsePattern, TokenColumns
-from sparseattn_jax.selection import first_diagonal_blocks, visible_and_forced
+from sparseattn_jax.selection import diagonal_blocks, visible_and_forced
 
 # Published: the fewest distances of a vertical-slash head.
 _LEAST = 50
@@ -310,7 +310,7 @@ class _Blocks:
 
     def visible_and_forced(self) -> tuple[Bool[Array, "B 1 Tb Sb"], Bool[Array, "B 1 Tb Sb"]]:
         """Forced is the first block, and the diagonal."""
-        diagonals = jnp.asarray(first_diagonal_blocks(self.q_len, self.kv_len, self.size))
+        diagonals = jnp.asarray(diagonal_blocks(self.q_len, self.kv_len, self.size))
         both = visible_and_forced(self.visible_counts, diagonals, len(self.first_keys))
         return both[0][:, None], both[1][:, None]
 
