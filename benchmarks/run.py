@@ -26,6 +26,8 @@ from benchmarks import (
     decode,
     records,
     scale,
+    selection_statistics,
+    streaming_prefill,
     two_arm_step,
     xattention,
 )
@@ -39,6 +41,8 @@ Suite = Literal[
     "decode",
     "xattention_select",
     "xattention_prefill",
+    "selection_statistics",
+    "streaming_prefill",
     "scale",
     "two_arm_step",
 ]
@@ -48,6 +52,8 @@ SUITES: dict[Suite, Callable[[Options, int], Iterator[records.Record | str]]] = 
     "decode": decode.run,
     "xattention_select": xattention.run_select,
     "xattention_prefill": xattention.run_prefill,
+    "selection_statistics": selection_statistics.run,
+    "streaming_prefill": streaming_prefill.run,
     "scale": scale.run,
     "two_arm_step": two_arm_step.run,
 }

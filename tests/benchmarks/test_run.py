@@ -15,6 +15,7 @@ from benchmarks import (
     records,
     rounds,
     run,
+    selection_statistics,
     timing,
     xattention,
 )
@@ -71,6 +72,33 @@ def test_both_arms_leave_a_record_beside_the_full_one(tmp_path: pathlib.Path) ->
     assert (record.case, record.peer) == ("256 sink=64 recent=512", "full_arm")
     assert 0 < record.max_error <= record.max_error_allowed
     assert record.peer_ms is not None and record.density == 1
+
+
+def test_statistics_leave_records(tmp_path: pathlib.Path) -> None:
+    suite = "selection_statistics"
+    assert run.run((suite,), out=tmp_path, commit="abc", **TOY | {"lengths": ("256",)}) == 0
+    found = records.load(tmp_path / "cpu" / f"{suite}.json")
+    assert [record.case for record in found] == [
+        "256 all of FlexPrefill",
+        "256 pooled scores",
+        "256 vertical and slash of 64 queries",
+    ]
+    assert all(record.max_error <= record.max_error_allowed for record in found)
+
+
+@pytest.mark.parametrize(("count", "is_right"), [(2, False), (3, True), (4, False)])
+def test_a_wrong_coverage_count_is_seen(count: int, is_right: bool) -> None:
+    mass = np.array([[4.0, 3.0, 2.5, 0.3, 0.2]])
+    error = selection_statistics.uncovered(mass, np.array([count]))
+    assert (error < 1e-6) == is_right
+
+
+def test_streaming_leaves_a_record_beside_dense_attention(tmp_path: pathlib.Path) -> None:
+    suite = "streaming_prefill"
+    assert run.run((suite,), out=tmp_path, commit="abc", **TOY | {"lengths": ("256",)}) == 0
+    (record,) = records.load(tmp_path / "cpu" / f"{suite}.json")
+    assert (record.case, record.peer) == ("256 sink=128 recent=1024", "xla")
+    assert 0 < record.max_error <= record.max_error_allowed
 
 
 @pytest.mark.usefixtures("one_judged_block")
