@@ -10,9 +10,13 @@ of kv head h iff
 out = softmax(scale * q k^T, over the visible slots) v. A query that sees nothing, as one with
 p < 0 does, has output 0 and log-sum-exp -inf.
 
+Sequence b reads row kv_rows[b] of the cache, by default row b: so a cache may hold rows of other
+layers and heads, and none is copied out.
+
 That is all that the three kinds of cache need. A dense cache has neither lists nor positions. A
 sparse decode has lists. A streaming cache, sinks and a ring of recent tokens in any order, has
-positions: keys are rotated before they are cached, so where a token lies makes no difference.
+positions: keys are rotated before they are cached, so where a token lies makes no difference. For
+the newest token alone it needs none, since that one sees every slot that is filled.
 
 Source: Flash-Decoding (Dao et al., 2023): the keys are split among the multiprocessors, and the
 partial outputs are merged by their log-sum-exps.
@@ -40,10 +44,11 @@ _TABLE: Mapping[Backend, Implementation[CallFacts]] = {
 
 def decode_attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    k: Float[Array, "R S K H"],
+    v: Float[Array, "R S K H"],
     *,
     kv_lengths: Int32[Array, " B"],
+    kv_rows: Int32[Array, " B"] | None = None,
     kv_positions: Int32[Array, "B S"] | None = None,
     kv_indices: Int32[Array, "B #K M"] | None = None,
     kv_num_blocks: Int32[Array, "B #K"] | None = None,
@@ -58,6 +63,8 @@ def decode_attention(
         k: keys of the cache. Slots that no query sees may hold any finite value.
         v: values of the cache, likewise.
         kv_lengths: tokens of each sequence so far. May exceed S only with kv_positions.
+        kv_rows: which row of the cache each sequence reads, in [0, R); of one that sees nothing it
+            is not read. By default row b, and R = B.
         kv_positions: where the token of each slot stands, negative where the slot is empty; in any
             order. By default slot j holds token j.
         kv_indices: the lists of `kernels/block_lists.py`, per kv head, of cache blocks. By default
@@ -71,7 +78,8 @@ def decode_attention(
         The output in q's dtype, and the natural log-sum-exp of the scaled logits.
 
     Raises:
-        ValueError: one of kv_indices, kv_num_blocks and block_kv is given without the others.
+        ValueError: one of kv_indices, kv_num_blocks and block_kv is given without the others; or
+            the cache has not a row per sequence, and kv_rows are not given.
         UnsupportedError: the named backend cannot run this call.
     """
     given = {"kv_indices": kv_indices, "kv_num_blocks": kv_num_blocks, "block_kv": block_kv}
@@ -80,6 +88,11 @@ def decode_attention(
         raise ValueError(
             f"{' and '.join(missing)} missing: pass all of {', '.join(given)} for lists of blocks, "
             "or none of them"
+        )
+    if kv_rows is None and k.shape[0] != q.shape[0]:
+        raise ValueError(
+            f"k.shape={k.shape} has {k.shape[0]} rows for {q.shape[0]} sequences; pass kv_rows, "
+            "which one each sequence reads"
         )
     facts = CallFacts(
         device=device_facts(q, k, v),
@@ -98,6 +111,7 @@ def decode_attention(
         kv_positions,
         kv_indices,
         kv_num_blocks,
+        kv_rows=kv_rows,
         block_kv=block_kv,
         scale=q.shape[3] ** -0.5 if scale is None else scale,
     )

@@ -62,8 +62,8 @@ def refusal(facts: tiling.CallFacts) -> str | None:
 
 def run(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    k: Float[Array, "R S K H"],
+    v: Float[Array, "R S K H"],
     kv_lengths: Int32[Array, " B"],
     kv_positions: Int32[Array, "B S"] | None,
     kv_indices: Int32[Array, "B #K M"] | None,
@@ -71,6 +71,7 @@ def run(
     *,
     block_kv: int | None,
     scale: float,
+    kv_rows: Int32[Array, " B"] | None = None,
     config: tiling.TileConfig | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]:
     """The op of this folder, for calls that `refusal` lets through; by default tiles of its choice.
@@ -95,7 +96,7 @@ def run(
         max_ctas=multiprocessors(q, k, v),
         config=config,
     )
-    given = kv_lengths, kv_positions, kv_indices, kv_num_blocks
+    given = kv_lengths, kv_rows, kv_positions, kv_indices, kv_num_blocks
     partials = _attend(call, _whole_tiles(q), k, v, *given)
     out, lse = _merge(call, q.dtype, kv_lengths, kv_num_blocks, *partials)
     return out[..., :H], lse
@@ -257,6 +258,7 @@ class _Gmem(NamedTuple):
     k: Any
     v: Any
     lengths: Any
+    cache_rows: Any
     positions: Any
     indices: Any
     counts: Any
@@ -382,7 +384,7 @@ def _attention_kernel(
     worker = functools.partial(
         _Worker,
         call=call,
-        gmem=_Gmem(*gmem[:7], partials=_Partials(*gmem[7:])),
+        gmem=_Gmem(*gmem[:8], partials=_Partials(*gmem[8:])),
         share=lax.axis_index("cta") * config.workers + in_cta,
         q=q_smem.at[in_cta],
         q_arrived=q_barriers.at[in_cta],
@@ -430,19 +432,21 @@ class _Worker:
         """Fills the rings with what the computing warpgroup will ask for, in that order."""
         kv_tile = self.call.config.kv_tile
 
-        def load_segment(segment: _Segment, step: jax.Array) -> jax.Array:
+        def load_segment(segment: _Segment, step: jax.Array) -> None:
+            cache_rows = self.gmem.cache_rows
+            cache_row = segment.batch if cache_rows is None else cache_rows[segment.batch]
+
             def load_step(j: jax.Array, start: jax.Array) -> jax.Array:
                 following = self._kv_start(segment, j + 1)
                 slots = pl.ds(pl.multiple_of(start, kv_tile), kv_tile)
                 if self.positions is not None:
                     self.positions.fill(step + j, self.gmem.positions.at[segment.batch, slots])
-                where = segment.batch, slots, segment.kv_head
+                where = cache_row, slots, segment.kv_head
                 self.kv.fill(2 * (step + j), self.gmem.k.at[where])
                 self.kv.fill(2 * (step + j) + 1, self.gmem.v.at[where])
                 return following
 
             lax.fori_loop(0, segment.steps, load_step, self._kv_start(segment, jnp.int32(0)))
-            return step + segment.steps
 
         steps = self._for_each_segment(load_segment)
         self.kv.drain(2 * steps)
@@ -452,22 +456,25 @@ class _Worker:
     def compute(self) -> None:
         """Leaves the partial output of every segment."""
 
-        def compute_segment(segment: _Segment, step: jax.Array) -> jax.Array:
+        def compute_segment(segment: _Segment, step: jax.Array) -> None:
             self._fetch_queries(segment)
             values, softmax = self._attend(segment, step)
             self._store(segment, values, softmax)
-            return step + segment.steps
 
         self._for_each_segment(compute_segment)
         plgpu.wait_smem_to_gmem(0)
 
-    def _for_each_segment(self, visit: Callable[[_Segment, jax.Array], jax.Array]) -> jax.Array:
-        """The step after the last; `visit` gets a segment and its first step, returns the next."""
+    def _for_each_segment(self, visit: Callable[[_Segment, jax.Array], None]) -> jax.Array:
+        """The step after the last; `visit` gets a segment and its first step."""
+        is_pool = self.gmem.cache_rows is not None
 
         def body(carry: Any) -> Any:
             tile, row, first, step = carry
             segment = self._segment(row, first, end - tile)
-            return tile + segment.steps, row + 1, jnp.int32(0), visit(segment, step)
+            following = tile + segment.steps, row + 1, jnp.int32(0)
+            # Half of the rows of a pool may be empty; those need no queries.
+            pl.when(segment.steps > 0 if is_pool else True)(lambda: visit(segment, step))
+            return *following, step + segment.steps
 
         total = self.lists.total()
         size, larger = mosaic.divide(total, self.call.shares)

@@ -21,8 +21,8 @@ _DENSE_BLOCK = 128
 @functools.partial(jax.jit, static_argnames=("block_kv", "scale"))
 def run(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    k: Float[Array, "R S K H"],
+    v: Float[Array, "R S K H"],
     kv_lengths: Int32[Array, " B"],
     kv_positions: Int32[Array, "B S"] | None,
     kv_indices: Int32[Array, "B #K M"] | None,
@@ -30,6 +30,7 @@ def run(
     *,
     block_kv: int | None,
     scale: float,
+    kv_rows: Int32[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]:
     """Output and log-sum-exp; the arguments are those of the op."""
     B, T, N, H = q.shape
@@ -40,6 +41,11 @@ def run(
     chunk = min(max(1, _CHUNK // block_kv), kv_indices.shape[-1])
     queries = q.reshape(B, T, K, N // K, H).astype(jnp.float32)
     q_positions = kv_lengths[:, None] - T + jnp.arange(T)[None]
+    take = _take
+    if kv_rows is not None:
+        # One axis of slots and heads: for an axis of one head XLA may copy the cache.
+        k, v = (x.reshape(len(x), S * K, H) for x in (k, v))
+        take = functools.partial(_take_from_rows, kv_rows)
 
     def visit(
         i: Int32[Array, ""] | int, carry: tuple[Array, Array, Array]
@@ -52,7 +58,7 @@ def run(
         visible = exists[:, :, None] & (positions >= 0)[:, :, None]
         visible &= positions[:, :, None] <= q_positions[:, None, :, None]
         # A weight of 0 does not undo a NaN in a block that is not listed.
-        keys, values = (jnp.where(exists[..., None], _take(x, slots), 0) for x in (k, v))
+        keys, values = (jnp.where(exists[..., None], take(x, slots), 0) for x in (k, v))
         scores = matmul("btkgh,bksh->bktgs", queries, keys) * scale
         scores = jnp.where(visible[:, :, :, None], scores, -jnp.inf)
         new_max = jnp.maximum(row_max, jnp.max(scores, axis=-1))
@@ -112,6 +118,15 @@ def _slots_of(
 def _take(x: Float[Array, "B S K H"], slots: Int32[Array, "B K slots"]) -> Array:
     """x[b, slots[b, h], h]."""
     return jax.vmap(jax.vmap(_at, in_axes=(1, 0)))(x, slots)
+
+
+def _take_from_rows(
+    rows: Int32[Array, " B"], x: Float[Array, "R SK H"], slots: Int32[Array, "B K slots"]
+) -> Float[Array, "B K slots H"]:
+    """The keys or values of all heads in some slots, where slots and heads are one axis."""
+    num_heads = slots.shape[1]
+    heads = jnp.arange(num_heads, dtype=jnp.int32)[None, :, None]
+    return x[rows[:, None, None], slots * num_heads + heads]
 
 
 def _at(x: Array, slots: Int32[Array, "..."]) -> Array:

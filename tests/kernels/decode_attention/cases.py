@@ -22,6 +22,7 @@ class Case:
         shared: whether the kv heads share their lists.
         ring: whether the last `ring` slots of the cache hold recent tokens in rotated order, and
             the others the first tokens; 0 for a cache in order.
+        rows: the row of the cache that each sequence reads; () for its own.
     """
 
     dtype: str = "bfloat16"
@@ -35,6 +36,7 @@ class Case:
     density: float = 0.5
     shared: bool = False
     ring: int = 0
+    rows: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         names = [f"{self.dtype}-H{self.H}-N{self.N}K{self.K}-T{self.T}-S{self.S}"]
@@ -42,6 +44,7 @@ class Case:
         if self.block_kv is not None:
             names.append(f"blocks{self.block_kv}-density{self.density}")
         names += ["shared"] * self.shared + [f"ring{self.ring}"] * (self.ring > 0)
+        names += ["rows" + "_".join(map(str, self.rows))] * (self.rows != ())
         return "-".join(names)
 
     @property
@@ -62,6 +65,7 @@ class Operands:
     lengths: jax.Array
     positions: jax.Array | None
     blocks: jax.Array | None
+    rows: jax.Array | None = None
 
 
 def operands(case: Case) -> Operands:
@@ -69,9 +73,11 @@ def operands(case: Case) -> Operands:
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.normal(size=(case.B, *shape, case.H)), case.dtype)
+        return jnp.asarray(rng.normal(size=(*shape, case.H)), case.dtype)
 
-    q, k, v = normal(case.T, case.N), normal(case.S, case.K), normal(case.S, case.K)
+    num_rows = max(case.rows) + 2 if case.rows else case.B
+    q = normal(case.B, case.T, case.N)
+    k, v = (normal(num_rows, case.S, case.K) for _ in range(2))
     positions = blocks = None
     if case.ring:
         positions = np.stack([ring_positions(case, length) for length in case.lengths])
@@ -85,6 +91,7 @@ def operands(case: Case) -> Operands:
         jnp.asarray(case.lengths, jnp.int32),
         None if positions is None else jnp.asarray(positions, jnp.int32),
         None if blocks is None else jnp.asarray(blocks),
+        jnp.asarray(case.rows, jnp.int32) if case.rows else None,
     )
 
 
@@ -110,9 +117,17 @@ def call(
         given.lengths,
         given.positions,
         *lists,
+        kv_rows=given.rows,
         block_kv=case.block_kv,
         scale=case.scale,
     )
+
+
+def read_by(given: Operands) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, and the keys and values of the row that each sequence reads."""
+    if given.rows is None:
+        return given.q, given.k, given.v
+    return given.q, given.k[given.rows], given.v[given.rows]
 
 
 def visible(case: Case, given: Operands) -> np.ndarray:
@@ -130,7 +145,7 @@ def visible(case: Case, given: Operands) -> np.ndarray:
 
 def assert_right(case: Case, given: Operands, out: jax.Array, lse: jax.Array) -> None:
     """Errs at most twice as much as the rounding of weights and output to the operands' dtype."""
-    q, k, v = (np.asarray(x, np.float64) for x in (given.q, given.k, given.v))
+    q, k, v = (np.asarray(x, np.float64) for x in read_by(given))
     keep = visible(case, given)
     expected, expected_lse = attention.attention(q, k, v, keep, case.scale)
     assert (out.shape, out.dtype) == (given.q.shape, given.q.dtype)

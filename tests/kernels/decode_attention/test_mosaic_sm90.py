@@ -26,6 +26,7 @@ CASES = [
     Case(N=2, K=1, S=200, lengths=(130, 0), block_kv=128),
     Case(dtype="float16", H=64, N=2, K=2, S=136, T=2, lengths=(130,), block_kv=64, shared=True),
     Case(H=256, N=3, K=1, S=136, lengths=(400,), ring=72),
+    Case(H=64, N=2, K=1, S=136, lengths=(0, 130, 0, 0, 70, 0), rows=(9, 4, 0, 5, 2, 9)),
 ]
 FURTHER_CASES = [
     Case(H=64, N=2, K=1, S=200, lengths=(400,), ring=72, block_kv=128, density=0.7),
@@ -33,6 +34,8 @@ FURTHER_CASES = [
     Case(N=6, K=2, S=192, T=2, lengths=(192, 70, 0, 1)),
     Case(dtype="float16", N=8, K=1, S=136, T=2, lengths=(90, 300), ring=128),
     Case(H=64, N=4, K=4, S=512, lengths=(512, 100), block_kv=64, density=0.3),
+    Case(N=3, K=1, S=200, lengths=(130, 0, 200), rows=(3, 1, 0), block_kv=64, density=0.6),
+    Case(dtype="float16", N=4, K=2, S=136, T=2, lengths=(300, 0, 20), rows=(2, 0, 2), ring=128),
 ]
 FULL_CASES = [pytest.param(case, marks=pytest.mark.full) for case in FURTHER_CASES]
 
@@ -93,6 +96,21 @@ def test_an_unlisted_block_is_never_used():
     assert np.isfinite(np.asarray(out, np.float32)).all()
     assert np.isfinite(lse[0]).all()
     assert np.isneginf(lse[1]).all()
+
+
+def test_of_an_empty_row_nothing_is_read():
+    """Neither a key nor a value of a row that is another's, nor the row itself."""
+    case = Case(N=2, K=1, H=64, S=72, lengths=(0, 70, 0), rows=(1, 2, 1))
+    given = operands(case)
+    poisoned = dataclasses.replace(
+        given,
+        k=given.k.at[jnp.array([0, 1, 3])].set(jnp.nan),
+        v=given.v.at[jnp.array([0, 1, 3])].set(jnp.nan),
+        rows=jnp.array([2**30, 2, -1], jnp.int32),
+    )
+    (out, lse), raced = interpret_kernels(case, poisoned)
+    assert_right(case, given, out, lse)
+    assert not raced
 
 
 @pytest.mark.full

@@ -27,6 +27,9 @@ OPTIONS = [
     Case(N=8, K=2, S=1152, lengths=(5000, 1152, 3), ring=1024),
     Case(N=8, K=2, S=136, lengths=(5000, 100), ring=72, T=3),
     Case(N=8, K=2, S=1152, lengths=(5000,), ring=1024, block_kv=128, density=0.5),
+    Case(N=4, K=1, S=1000, lengths=(1000, 0, 0, 64, 0, 999), rows=(7, 0, 3, 1, 0, 2)),
+    Case(N=3, K=1, S=1024, lengths=(900, 0, 1024), rows=(5, 0, 4), block_kv=64, density=0.4),
+    Case(N=6, K=2, S=1152, lengths=(5000, 10), rows=(3, 1), ring=1024, T=2),
 ]
 
 CASES = [

@@ -20,6 +20,7 @@ from tests.kernels.decode_attention.cases import (
     assert_right,
     call,
     operands,
+    read_by,
     visible,
 )
 from tests.oracles import attention, decode
@@ -29,9 +30,8 @@ run = functools.partial(call, xla.run)
 
 def assert_equals_the_oracle(case: Case, given: Operands) -> None:
     out, lse = run(case, given)
-    expected, expected_lse = attention.attention(
-        given.q, given.k, given.v, visible(case, given), case.scale
-    )
+    keep = visible(case, given)
+    expected, expected_lse = attention.attention(*read_by(given), keep, case.scale)
     np.testing.assert_allclose(out, expected, atol=2e-6)
     np.testing.assert_allclose(lse, expected_lse, atol=2e-6)
 
@@ -45,6 +45,9 @@ CASES = [
     Case(dtype="float32", H=8, S=24, lengths=(100, 24, 7, 1), ring=16, T=2),
     Case(dtype="float32", H=8, S=26, lengths=(53,), ring=20, block_kv=8, T=4, K=1),
     Case(dtype="float32", H=8, S=300, lengths=(290,)),
+    Case(dtype="float32", H=8, S=21, lengths=(21, 0, 13, 0), rows=(5, 9, 0, 5), T=3, N=6),
+    Case(dtype="float32", H=8, S=30, lengths=(30, 17), rows=(2, 1), block_kv=4, T=2, K=1),
+    Case(dtype="float32", H=8, S=26, lengths=(53, 9), rows=(1, 1), ring=20, T=2),
 ]
 
 
@@ -181,6 +184,18 @@ def test_memory_is_that_of_a_chunk_of_the_lists():
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * listed_bytes
 
 
+def test_a_row_of_the_cache_is_read_in_place():
+    """A copy of the rows, or of the cache, would take as much memory as these."""
+    cache = jax.ShapeDtypeStruct((64, 2**16, 1, 64), jnp.float32)
+    of_each = jax.ShapeDtypeStruct((8,), jnp.int32)
+    q = jax.ShapeDtypeStruct((8, 1, 4, 64), jnp.float32)
+    compiled = xla.run.lower(
+        *(q, cache, cache, of_each, None, None, None), kv_rows=of_each, block_kv=None, scale=1.0
+    ).compile()
+    row_bytes = 2**16 * 64 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 8 * row_bytes / 4
+
+
 def test_batching_by_vmap_equals_a_loop():
     case = Case(dtype="float32", H=8, S=40, lengths=(40, 11, 0), block_kv=8)
     given = operands(case)
@@ -219,6 +234,12 @@ def test_half_of_a_list_raises(names: list[str], message: str):
     given = {name: lists[name] for name in names}
     with pytest.raises(ValueError, match=message):
         decode_attention(x[:, :1], x, x, kv_lengths=jnp.array([8]), **given)
+
+
+def test_a_cache_of_other_rows_than_sequences_raises():
+    x = jnp.zeros((3, 8, 1, 8))
+    with pytest.raises(ValueError, match=r"k.shape=\(3, 8, 1, 8\) has 3 rows for 2 seq"):
+        decode_attention(x[:2, :1], x, x, kv_lengths=jnp.array([8, 8]))
 
 
 def test_an_unknown_backend_is_refused():
