@@ -8,6 +8,7 @@ from sparseattn_jax.attention import block_sparse_attention as block_sparse_atte
 from sparseattn_jax.attention import prefill_attention as prefill_attention
 from sparseattn_jax.attention import sparse_attention as sparse_attention
 from sparseattn_jax.block_mask import BlockMask as BlockMask
+from sparseattn_jax.cached_decode import decode_attention as decode_attention
 from sparseattn_jax.decode import PageBounds as PageBounds
 from sparseattn_jax.decode import PageLists as PageLists
 from sparseattn_jax.decode import QuestPages as QuestPages
@@ -16,6 +17,7 @@ from sparseattn_jax.dense_prefill import full_prefill as full_prefill
 from sparseattn_jax.head_patterns import HeadPatterns as HeadPatterns
 from sparseattn_jax.kernels.backends import Backend as Backend
 from sparseattn_jax.kernels.backends import UnsupportedError as UnsupportedError
+from sparseattn_jax.kv_cache import KVCache as KVCache
 from sparseattn_jax.pattern import HeadWindows as HeadWindows
 from sparseattn_jax.pattern import SparsePattern as SparsePattern
 from sparseattn_jax.pattern import TokenColumns as TokenColumns
