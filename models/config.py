@@ -1,49 +1,25 @@
-"""The shape of a LLaMA model, and the named ones."""
+"""The shape of a model, and the named ones."""
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Llama3RopeScaling:
-    """Llama 3.1's stretch of the rotary frequencies to a longer context.
-
-    With r = original_max_position / wavelength, a frequency f becomes
-
-        s * f + (1 - s) * f / factor,  s = clip((r - low) / (high - low), 0, 1).
-
-    Attributes:
-        factor: what the slowest frequencies are divided by.
-        low_freq_factor: `low`; frequencies that turn fewer times than this in the original context
-            are divided by `factor`.
-        high_freq_factor: `high`; those that turn more often than this are kept.
-        original_max_position: the context length before the stretch.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position: int
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.factor) and self.factor >= 1):
-            raise ValueError(
-                f"factor={self.factor} must be at least 1: it divides the slow frequencies"
-            )
-        if not 0 < self.low_freq_factor < self.high_freq_factor < math.inf:
-            raise ValueError(
-                f"low_freq_factor={self.low_freq_factor} must be positive and below "
-                f"high_freq_factor={self.high_freq_factor}"
-            )
-        _check_positive_integer("original_max_position", self.original_max_position)
+from sparseattn_jax.models.checks import check_positive_integer
+from sparseattn_jax.models.rope_scaling import DynamicRopeScaling as DynamicRopeScaling
+from sparseattn_jax.models.rope_scaling import LinearRopeScaling as LinearRopeScaling
+from sparseattn_jax.models.rope_scaling import Llama3RopeScaling as Llama3RopeScaling
+from sparseattn_jax.models.rope_scaling import RopeScaling as RopeScaling
+from sparseattn_jax.models.rope_scaling import YarnRopeScaling as YarnRopeScaling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """The shape of a LLaMA model. Every field changes what the model computes.
+    """The shape of a model: LLaMA, Mistral, Qwen2 and Qwen3 differ in these fields alone.
+
+    Every field but `max_position` changes what the model computes.
 
     Attributes:
         vocab_size: number of tokens.
@@ -59,6 +35,16 @@ class LlamaConfig:
         tie_embeddings: the head multiplies by the embedding table instead of its own.
         dtype: of the computation; norms, rotary angles, softmax and logits are float32.
         param_dtype: in which parameters are held.
+        attention_bias: queries, keys and values have biases (Qwen2; Qwen technical report,
+            arXiv:2309.16609, section 2.3).
+        output_bias: so has what attention writes to the residual stream.
+        mlp_bias: so have all three projections of the feed-forward layer.
+        qk_norm: RMSNorm over the channels of each head of q and k, before they are rotated (Qwen3,
+            arXiv:2505.09388, section 2).
+        sliding_window: in sliding layers a query sees the last so many keys, its own counted
+            (Mistral, arXiv:2310.06825, section 2). None if there are no such layers.
+        sliding_layers: indices of the sliding layers, ascending; kept as a tuple.
+        max_position: how many tokens the model was made for, None if that is not known.
     """
 
     vocab_size: int
@@ -69,11 +55,18 @@ class LlamaConfig:
     head_dim: int
     mlp_dim: int
     rope_theta: float
-    rope_scaling: Llama3RopeScaling | None
+    rope_scaling: RopeScaling | None
     norm_epsilon: float
     tie_embeddings: bool
     dtype: DTypeLike
     param_dtype: DTypeLike
+    attention_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    sliding_layers: Sequence[int] = ()
+    max_position: int | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -85,7 +78,7 @@ class LlamaConfig:
             "head_dim",
             "mlp_dim",
         ):
-            _check_positive_integer(name, getattr(self, name))
+            check_positive_integer(name, getattr(self, name))
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of "
@@ -97,6 +90,10 @@ class LlamaConfig:
             )
         if not 1 < self.rope_theta < math.inf:
             raise ValueError(f"rope_theta={self.rope_theta} must be a finite number above 1")
+        self._check_rope_scaling()
+        self._check_windows()
+        if self.max_position is not None:
+            check_positive_integer("max_position", self.max_position)
         if not 0 < self.norm_epsilon < math.inf:
             raise ValueError(f"norm_epsilon={self.norm_epsilon} must be a small positive number")
         for name in ("dtype", "param_dtype"):
@@ -105,6 +102,35 @@ class LlamaConfig:
                 raise ValueError(f"{name}={dtype} must be float32, bfloat16 or float16")
             # One spelling of each type, so that equal configurations compare and hash equal.
             object.__setattr__(self, name, dtype)
+
+    def _check_rope_scaling(self) -> None:
+        kinds = LinearRopeScaling, DynamicRopeScaling, Llama3RopeScaling, YarnRopeScaling
+        if self.rope_scaling is not None and not isinstance(self.rope_scaling, kinds):
+            raise ValueError(
+                f"rope_scaling={self.rope_scaling!r} must be None or one of "
+                f"{', '.join(kind.__name__ for kind in kinds)}"
+            )
+        if isinstance(self.rope_scaling, DynamicRopeScaling) and self.head_dim == 2:
+            raise ValueError(
+                "head_dim=2 must be at least 4 with DynamicRopeScaling: it stretches all "
+                "frequencies but the first"
+            )
+
+    def _check_windows(self) -> None:
+        layers = tuple(self.sliding_layers)  # it was a list where the configuration was JSON
+        object.__setattr__(self, "sliding_layers", layers)
+        if layers != tuple(sorted(set(layers) & set(range(self.num_layers)))):
+            raise ValueError(
+                f"sliding_layers={layers} must be ascending indices of the "
+                f"{self.num_layers} layers, each once"
+            )
+        if (self.sliding_window is None) != (not layers):
+            raise ValueError(
+                f"sliding_window={self.sliding_window} and sliding_layers={layers} go together; "
+                "pass both or neither"
+            )
+        if self.sliding_window is not None:
+            check_positive_integer("sliding_window", self.sliding_window)
 
 
 def llama3_8b() -> LlamaConfig:
@@ -145,8 +171,3 @@ def tiny() -> LlamaConfig:
         dtype=jnp.float32,
         param_dtype=jnp.float32,
     )
-
-
-def _check_positive_integer(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a positive integer")

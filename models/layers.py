@@ -2,12 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
-from sparseattn_jax.models.config import Llama3RopeScaling, LlamaConfig
+from sparseattn_jax.models.config import LlamaConfig
+from sparseattn_jax.models.rope_scaling import RopeScaling, plain_frequencies
 
 
 class RMSNorm(nnx.Module):
@@ -28,23 +28,29 @@ class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer, arXiv:2002.05202)."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        self.gate = linear(config, config.embed_dim, config.mlp_dim, rngs=rngs)
-        self.up = linear(config, config.embed_dim, config.mlp_dim, rngs=rngs)
-        self.down = residual_linear(config, config.mlp_dim, rngs=rngs)
+        bias, dims = config.mlp_bias, (config.embed_dim, config.mlp_dim)
+        self.gate = linear(config, *dims, use_bias=bias, rngs=rngs)
+        self.up = linear(config, *dims, use_bias=bias, rngs=rngs)
+        self.down = residual_linear(config, config.mlp_dim, use_bias=bias, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
-def linear(config: LlamaConfig, in_dim: int, out_dim: int, *, rngs: nnx.Rngs) -> nnx.Linear:
-    """A projection without bias that keeps the variance of what it reads.
+def linear(
+    config: LlamaConfig, in_dim: int, out_dim: int, *, use_bias: bool, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """A projection that keeps the variance of what it reads.
 
-    Drawn from normal(0, 1 / sqrt(in_dim)) (LeCun et al., Efficient BackProp, 1998, eq. 16).
+    Drawn from normal(0, 1 / sqrt(in_dim)) (LeCun et al., Efficient BackProp, 1998, eq. 16); a bias
+    starts at 0.
     """
-    return _linear(config, in_dim, out_dim, stddev=in_dim**-0.5, rngs=rngs)
+    return _linear(config, in_dim, out_dim, stddev=in_dim**-0.5, use_bias=use_bias, rngs=rngs)
 
 
-def residual_linear(config: LlamaConfig, in_dim: int, *, rngs: nnx.Rngs) -> nnx.Linear:
+def residual_linear(
+    config: LlamaConfig, in_dim: int, *, use_bias: bool, rngs: nnx.Rngs
+) -> nnx.Linear:
     """A projection that is added to the residual stream.
 
     Its standard deviation is divided by the root of the number of such projections, so that
@@ -52,7 +58,7 @@ def residual_linear(config: LlamaConfig, in_dim: int, *, rngs: nnx.Rngs) -> nnx.
     section 2.3).
     """
     stddev = (2 * config.num_layers * in_dim) ** -0.5
-    return _linear(config, in_dim, config.embed_dim, stddev=stddev, rngs=rngs)
+    return _linear(config, in_dim, config.embed_dim, stddev=stddev, use_bias=use_bias, rngs=rngs)
 
 
 def rotary_angles(
@@ -60,7 +66,7 @@ def rotary_angles(
     *,
     head_dim: int,
     theta: float,
-    scaling: Llama3RopeScaling | None,
+    scaling: RopeScaling | None,
 ) -> Float32[Array, "B T half"]:
     """Angle of each pair of channels at each position (Su et al., arXiv:2104.09864, eq. 15).
 
@@ -70,35 +76,40 @@ def rotary_angles(
         theta: base of the frequencies theta^(-2 i / head_dim).
         scaling: how the frequencies are stretched.
     """
-    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    if scaling is not None:
-        turns = scaling.original_max_position * frequencies / (2 * np.pi)
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        kept = np.clip((turns - low) / (high - low), 0, 1)
-        frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
-    return positions[..., None].astype(jnp.float32) * frequencies.astype(np.float32)[None, None]
+    if scaling is None:
+        frequencies = plain_frequencies(head_dim=head_dim, theta=theta)
+    else:
+        frequencies = scaling.frequencies(positions, head_dim=head_dim, theta=theta)
+    frequencies = jnp.asarray(frequencies, jnp.float32)
+    return positions[..., None].astype(jnp.float32) * frequencies[None, None]
 
 
 def rotate(
-    x: Float[Array, "B T N H"], angles: Float32[Array, "#B T half"]
+    x: Float[Array, "B T N H"], angles: Float32[Array, "#B T half"], *, magnitude: float
 ) -> Float[Array, "B T N H"]:
-    """Turns channel i against channel i + H / 2, in float32.
+    """Turns channel i against channel i + H / 2 and multiplies by `magnitude`, in float32.
 
     This pairing of halves is that of Hugging Face's checkpoints; Meta's own pair neighbours.
     """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    cos, sin = (magnitude * turn(angles)[:, :, None] for turn in (jnp.cos, jnp.sin))
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
 
 
 def _linear(
-    config: LlamaConfig, in_dim: int, out_dim: int, *, stddev: float, rngs: nnx.Rngs
+    config: LlamaConfig,
+    in_dim: int,
+    out_dim: int,
+    *,
+    stddev: float,
+    use_bias: bool,
+    rngs: nnx.Rngs,
 ) -> nnx.Linear:
     return nnx.Linear(
         in_dim,
         out_dim,
-        use_bias=False,
+        use_bias=use_bias,
         dtype=config.dtype,
         param_dtype=config.param_dtype,
         kernel_init=nnx.initializers.normal(stddev),

@@ -1,5 +1,6 @@
 """Weights of a small model in one .npz: float16 arrays by path, and the model's shape."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -38,11 +39,12 @@ def load(path: pathlib.Path, config: models.LlamaConfig) -> PyTree:
         stored, arrays = model_weights.read(path)
     except ValueError as error:
         raise InvalidRunError(f"{path} holds no weights that a run wrote: {error}") from error
-    for name, value in _shape(config).items():
-        if stored.get(name) != value:
+    wanted = _shape(config)
+    for name in wanted | stored:
+        if stored.get(name) != wanted.get(name):
             raise InvalidRunError(
                 f"{path} is of a model with {name} {stored.get(name)}, and the run's model has "
-                f"{value}; set model.{name} to the former or take other weights"
+                f"{wanted.get(name)}; set model.{name} to the former or take other weights"
             )
     try:
         return model_weights.fill(path, gated_model.weight_shapes(config), arrays)
@@ -51,5 +53,10 @@ def load(path: pathlib.Path, config: models.LlamaConfig) -> PyTree:
 
 
 def _shape(config: models.LlamaConfig) -> dict[str, Any]:
-    fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
-    return {name: value for name, value in fields.items() if name not in _NOT_SHAPE}
+    """The fields as JSON has them, without those at their defaults, which older files lack."""
+    values = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name not in _NOT_SHAPE and getattr(config, field.name) != field.default
+    }
+    return json.loads(json.dumps(values))

@@ -72,7 +72,7 @@ def built(config):
     def call(params, tokens, **options):
         return nnx.merge(graphdef, params)(tokens, **options)
 
-    reference = functools.partial(oracle.forward, weights, config=dataclasses.asdict(config))
+    reference = functools.partial(oracle.forward, weights, config=oracle.described(config))
     return call, params, reference
 
 
@@ -95,6 +95,30 @@ def gated(q, k, v, gates):
         pytest.param(
             variant(num_heads=9, num_kv_heads=3, tie_embeddings=False, rope_scaling=SCALING),
             id="9heads-3kv-untied-llama3",
+        ),
+        pytest.param(
+            variant(
+                attention_bias=True,
+                output_bias=True,
+                mlp_bias=True,
+                qk_norm=True,
+                rope_scaling=models.LinearRopeScaling(factor=3.0),
+            ),
+            id="biases-qk_norm-linear",
+        ),
+        pytest.param(
+            variant(attention_bias=True, num_layers=3, sliding_window=2, sliding_layers=(1, 2)),
+            id="qkv_biases-windows-above-a-layer",
+        ),
+        pytest.param(
+            variant(
+                sliding_window=3,
+                sliding_layers=(0, 1),
+                rope_scaling=models.YarnRopeScaling(
+                    factor=4.0, original_max_position=20, beta_fast=2.0, beta_slow=0.25
+                ),
+            ),
+            id="windows-yarn",
         ),
     ],
 )
@@ -159,6 +183,87 @@ def test_only_distances_between_positions_matter(shift):
     np.testing.assert_allclose(moved, call(params, tokens, positions=positions), atol=2e-3)
 
 
+def test_dynamic_scaling_reads_the_greatest_position_of_all_rows():
+    config = variant(rope_scaling=models.DynamicRopeScaling(factor=2.0, original_max_position=4))
+    call, params, reference = built(config)
+    tokens = drawn_tokens(config)
+    positions = np.asarray([[0, 1, 2, 3, 4], [0, 1, 2, 3, 9]], np.int32)
+    expected = reference(tokens=tokens, positions=positions)
+    assert_close(call(params, tokens, positions=positions), expected)
+
+
+def gated_and_counted(q, k, v, gates, state, layer):
+    """`gated`, which writes to the layer's place how many layers came before it, plus 1."""
+    return gated(q, k, v, gates), state.at[layer].set(state.max() + 1)
+
+
+def cached_call(lengths, params, tokens, gates):
+    """Logits and state of a model whose layers attend in runs."""
+    graphdef, _, _ = drawn_weights(SMALL)
+    model, runs = nnx.merge(graphdef, params), []
+    for length in lengths:
+        first = sum(run.num_layers for run in runs)
+        per_layer = gates[first : first + length]
+        runs.append(
+            models.LayerRun(num_layers=length, attend=gated_and_counted, per_layer=per_layer)
+        )
+    positions = jnp.arange(LENGTH, dtype=jnp.int32)[None]
+    hidden, state = model.cached_hidden_states(
+        tokens, jnp.zeros(SMALL.num_layers, jnp.int32), runs=runs, positions=positions
+    )
+    return model.logits(hidden), state
+
+
+@pytest.mark.parametrize("lengths", [(2,), (1, 1)], ids=str)
+def test_runs_carry_the_state_through_the_layers_in_order(lengths):
+    _, params, reference = built(SMALL)
+    tokens, gates = drawn_tokens(SMALL), np.asarray([[0.1, 2.0], [-1.0, 0.5]], np.float32)
+    logits, state = jax.jit(cached_call, static_argnums=0)(lengths, params, tokens, gates)
+    assert_close(logits, reference(tokens=tokens, gates=gates))
+    np.testing.assert_array_equal(state, [1, 2])
+
+
+@pytest.mark.full
+def test_runs_have_the_gradients_of_one():
+    _, params, _ = built(SMALL)
+    tokens, gates = jnp.asarray(drawn_tokens(SMALL)), jnp.asarray([[0.1, 2.0], [-1.0, 0.5]])
+
+    def gradients(lengths):
+        def loss(params, gates):
+            return jnp.sum(jnp.sin(cached_call(lengths, params, tokens, gates)[0]))
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(params, gates)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        gradients((2,)),
+        gradients((1, 1)),
+    )
+
+
+@pytest.mark.parametrize("num_runs", [1, 2])
+def test_the_state_is_changed_in_place(num_runs):
+    """A donated state needs no second of its size."""
+    config = variant(num_layers=4)
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: models.Llama(config, rngs=nnx.Rngs(0))))
+
+    def attend(q, k, v, layer_input, state, layer):
+        return q, jax.lax.dynamic_update_index_in_dim(state, k[0, 0, 0, 0], layer, axis=0)
+
+    def call(params, tokens, state):
+        run = models.LayerRun(num_layers=config.num_layers // num_runs, attend=attend)
+        model = nnx.merge(graphdef, params)
+        positions = jnp.zeros((1, 1), jnp.int32)
+        return model.cached_hidden_states(tokens, state, runs=[run] * num_runs, positions=positions)
+
+    state = jax.ShapeDtypeStruct((10**6,), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    compiled = jax.jit(call, donate_argnums=2).lower(params, tokens, state).compile()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= 4 * state.size
+    assert memory.temp_size_in_bytes < state.size
+
+
 def test_hidden_states_give_the_logits_in_chunks():
     call, params, _ = built(SMALL)
     graphdef, _, _ = drawn_weights(SMALL)
@@ -214,6 +319,23 @@ def test_remat_has_the_same_gradients():
     )
 
 
+@pytest.mark.full
+def test_remat_has_the_same_gradients_with_windows():
+    """Two runs of layers, each recomputed."""
+    config = variant(sliding_window=2, sliding_layers=(1,))
+    call, params, _ = built(config)
+    tokens = jnp.asarray(drawn_tokens(config))
+
+    def gradients(remat):
+        return jax.grad(lambda params: jnp.sin(call(params, tokens, remat=remat)).sum())(params)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        gradients(False),
+        gradients(True),
+    )
+
+
 def test_remat_keeps_less_for_the_backward_pass():
     call, params, _ = built(SMALL)
 
@@ -258,6 +380,8 @@ SAME_SHAPES = {
     "dtype": jnp.bfloat16,
     "param_dtype": jnp.bfloat16,
 }
+# Of a model whose second layer has a window of 2.
+WINDOWS = {"sliding_window": 3, "sliding_layers": (0,)}
 OTHER_SHAPES = {
     "vocab_size": ("embedding", (13, 12), 13),
     "num_layers": ("layers.mlp_norm.scale", (3, 12), 3),
@@ -267,19 +391,26 @@ OTHER_SHAPES = {
     "head_dim": ("layers.attention.value.kernel", (2, 12, 16), 8),
     "mlp_dim": ("layers.mlp.down.kernel", (2, 24, 12), 24),
     "tie_embeddings": ("head", (11, 12), False),
+    "attention_bias": ("layers.attention.value.bias", (2, 12), True),
+    "output_bias": ("layers.attention.output.bias", (2, 12), True),
+    "mlp_bias": ("layers.mlp.down.bias", (2, 12), True),
+    "qk_norm": ("layers.attention.key_norm.scale", (2, 6), True),
 }
+WITHOUT_EFFECT = {"max_position"}
 
 
 def test_every_field_is_tested():
     fields = {field.name for field in dataclasses.fields(models.LlamaConfig)}
-    assert fields == SAME_SHAPES.keys() | OTHER_SHAPES.keys()
+    assert fields == SAME_SHAPES.keys() | WINDOWS.keys() | OTHER_SHAPES.keys() | WITHOUT_EFFECT
 
 
-@pytest.mark.parametrize("field", SAME_SHAPES)
+@pytest.mark.parametrize("field", SAME_SHAPES | WINDOWS)
 def test_field_changes_the_output(field):
+    config = variant(sliding_window=2, sliding_layers=(1,)) if field in WINDOWS else SMALL
+    other = dataclasses.replace(config, **{field: (SAME_SHAPES | WINDOWS)[field]})
     tokens = drawn_tokens(SMALL)
-    call, params, _ = built(SMALL)
-    other_call, other_params, _ = built(variant(**{field: SAME_SHAPES[field]}))
+    call, params, _ = built(config)
+    other_call, other_params, _ = built(other)
     difference = np.abs(call(params, tokens) - other_call(other_params, tokens)).max()
     assert difference > 1e-3
 
@@ -320,17 +451,30 @@ def test_initial_weights_follow_the_documented_distribution():
     assert np.abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.02
 
 
-def test_depth_does_not_grow_the_program():
+@pytest.mark.parametrize("is_cached", [False, True], ids=["call", "cached"])
+def test_depth_does_not_grow_the_program(is_cached):
+    """80 layers are lowered to as many lines as one, with inputs and a state of each layer too."""
+
     def lines(num_layers):
         abstract = nnx.eval_shape(
             lambda: models.Llama(variant(num_layers=num_layers), rngs=nnx.Rngs(0))
         )
         graphdef, params = nnx.split(abstract)
         tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
-        run = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens))
-        return len(run.lower(params, tokens).as_text().splitlines())
+        gates = jax.ShapeDtypeStruct((num_layers, 2), jnp.float32)
 
-    assert lines(2) == lines(40)
+        @jax.jit
+        def call(params, tokens, gates):
+            model = nnx.merge(graphdef, params)
+            if not is_cached:
+                return model(tokens, attend=gated, per_layer=gates)
+            run = models.LayerRun(num_layers=num_layers, attend=gated_and_counted, per_layer=gates)
+            state, positions = jnp.zeros(num_layers), jnp.zeros((1, 4), jnp.int32)
+            return model.cached_hidden_states(tokens, state, runs=[run], positions=positions)
+
+        return len(call.lower(params, tokens, gates).as_text().splitlines())
+
+    assert lines(1) == lines(80)
 
 
 @pytest.mark.parametrize("token", [-1, SMALL.vocab_size, 2**31 - 1])
@@ -368,6 +512,11 @@ def test_a_token_outside_the_vocabulary_is_loud(token):
         pytest.param(
             {"per_layer": 1.0}, r"per_layer has shape \(\); its first axis", id="per_layer-scalar"
         ),
+        pytest.param(
+            {"per_layer": jnp.ones(2)},
+            "per_layer has no reader: dense attention, the default, takes no layer input",
+            id="per_layer-alone",
+        ),
     ],
 )
 @pytest.mark.parametrize("method", ["__call__", "hidden_states"])
@@ -375,3 +524,26 @@ def test_refuses(method, arguments, sentence):
     model = nnx.eval_shape(lambda: models.Llama(SMALL, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=sentence):
         getattr(model, method)(**({"tokens": jnp.zeros((2, 4), jnp.int32)} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"lengths": [2, 1]}, r"runs have \[2, 1\] layers, 3 together; they must cover .*layers=2"),
+        ({"lengths": []}, r"runs have \[\] layers, 0 together"),
+        ({"tokens": jnp.zeros(4, jnp.int32)}, r"tokens has shape \(4,\)"),
+        ({"positions": jnp.zeros((3, 4), jnp.int32)}, r"positions has shape \(3, 4\)"),
+    ],
+    ids=["too-many-layers", "no-layers", "tokens", "positions"],
+)
+def test_cached_hidden_states_refuse(arguments, sentence):
+    model = nnx.eval_shape(lambda: models.Llama(SMALL, rngs=nnx.Rngs(0)))
+    values = {
+        "tokens": jnp.zeros((2, 4), jnp.int32),
+        "positions": jnp.zeros((2, 4), jnp.int32),
+        "lengths": [2],
+    } | arguments
+    attend = models.stateless(models.dense_causal_attention)
+    runs = [models.LayerRun(num_layers=n, attend=attend) for n in values["lengths"]]
+    with pytest.raises(ValueError, match=sentence):
+        model.cached_hidden_states(values["tokens"], None, runs=runs, positions=values["positions"])

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from sparseattn_jax.models import weights as model_weights
 from sparseattn_jax.train import config as configs
 from sparseattn_jax.train import weights
 
@@ -45,6 +46,20 @@ def test_weights_of_another_model_are_refused(
     weights.save(tmp_path / "weights.npz", llama, tiny_weights)
     with pytest.raises(configs.InvalidRunError, match=re.escape(sentence)):
         weights.load(tmp_path / "weights.npz", dataclasses.replace(llama, **changes))
+
+
+def test_windows_are_part_of_the_model(tmp_path, llama, tiny_weights) -> None:
+    """They have no arrays, so the configuration alone tells."""
+    windowed = dataclasses.replace(llama, sliding_window=4, sliding_layers=(1,))
+    weights.save(tmp_path / "windowed.npz", windowed, tiny_weights)
+    weights.load(tmp_path / "windowed.npz", windowed)
+    found = model_weights.load(tmp_path / "windowed.npz", dtype=windowed.dtype).config
+    assert (found.sliding_window, found.sliding_layers) == (4, (1,))
+    with pytest.raises(configs.InvalidRunError, match=r"sliding_window 4, .* model has None"):
+        weights.load(tmp_path / "windowed.npz", llama)
+    weights.save(tmp_path / "plain.npz", llama, tiny_weights)
+    with pytest.raises(configs.InvalidRunError, match=r"sliding_window None, .* model has 4"):
+        weights.load(tmp_path / "plain.npz", windowed)
 
 
 def test_a_file_without_an_array_is_refused(tmp_path, llama, tiny_weights) -> None:
