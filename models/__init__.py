@@ -14,4 +14,9 @@ from sparseattn_jax.models.config import RopeScaling as RopeScaling
 from sparseattn_jax.models.config import YarnRopeScaling as YarnRopeScaling
 from sparseattn_jax.models.config import llama3_8b as llama3_8b
 from sparseattn_jax.models.config import tiny as tiny
+from sparseattn_jax.models.decoding import Generated as Generated
+from sparseattn_jax.models.decoding import generate as generate
+from sparseattn_jax.models.decoding import stream as stream
 from sparseattn_jax.models.llama import Llama as Llama
+from sparseattn_jax.models.policy import Policy as Policy
+from sparseattn_jax.models.sampling import Sampling as Sampling
