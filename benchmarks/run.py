@@ -24,6 +24,7 @@ from benchmarks import (
     block_sparse_forward,
     block_sparse_forward_backward,
     decode,
+    model,
     records,
     scale,
     selection_statistics,
@@ -45,6 +46,8 @@ Suite = Literal[
     "streaming_prefill",
     "scale",
     "two_arm_step",
+    "model_prefill",
+    "model_decode",
 ]
 SUITES: dict[Suite, Callable[[Options, int], Iterator[records.Record | str]]] = {
     "block_sparse_forward": block_sparse_forward.run,
@@ -56,6 +59,8 @@ SUITES: dict[Suite, Callable[[Options, int], Iterator[records.Record | str]]] = 
     "streaming_prefill": streaming_prefill.run,
     "scale": scale.run,
     "two_arm_step": two_arm_step.run,
+    "model_prefill": model.run_prefill,
+    "model_decode": model.run_decode,
 }
 _NEEDS: dict[Peer, tuple[str, ...]] = {
     "fa4": ("torch", "flash_attn"),

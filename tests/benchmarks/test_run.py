@@ -12,6 +12,7 @@ from benchmarks import (
     block_sparse_forward_backward,
     gate,
     measure,
+    model,
     records,
     rounds,
     run,
@@ -19,6 +20,7 @@ from benchmarks import (
     timing,
     xattention,
 )
+from sparseattn_jax import BlockMask, HeadWindows, SparsePattern, TokenColumns, XAttention
 from tests.drawing import block_matrix
 
 TOY = {"lengths": ("128",), "shape": "toy", "backend": "xla", "peers": ("xla",), "runs": 2}
@@ -99,6 +101,34 @@ def test_streaming_leaves_a_record_beside_dense_attention(tmp_path: pathlib.Path
     (record,) = records.load(tmp_path / "cpu" / f"{suite}.json")
     assert (record.case, record.peer) == ("256 sink=128 recent=1024", "xla")
     assert 0 < record.max_error <= record.max_error_allowed
+
+
+def test_a_model_leaves_times_and_memory(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "NEW_TOKENS", 2)
+    strategies = {"XAttention": XAttention(block_size=64)}
+    monkeypatch.setattr(model, "_strategies", lambda *_: strategies)
+    suites = ("model_prefill", "model_decode")
+    assert run.run(suites, out=tmp_path, commit="abc", **TOY | {"lengths": ("256",)}) == 0
+    for suite, peer, num_records in zip(suites, ("xla", "full"), (1, 2), strict=True):
+        found = records.load(tmp_path / "cpu" / f"{suite}.json")
+        assert [(record.peer, record.timer) for record in found] == [(peer, "single")] * num_records
+        assert all(0 < record.max_error <= record.max_error_allowed for record in found)
+        assert all(record.ours_peak_gib for record in found)
+
+
+def test_the_tokens_that_a_pattern_keeps() -> None:
+    blocks = BlockMask.from_dense(
+        jnp.array([[[[True, False], [False, True]]]]), q_len=6, kv_len=6, block_q=4, block_kv=4
+    )
+    columns = TokenColumns(indices=jnp.array([[[2]]]), counts=jnp.array([[1]]), kv_len=6)
+    windows = HeadWindows(sinks=jnp.array([1]), recents=jnp.array([1]))
+    pattern = SparsePattern(
+        blocks=blocks, num_dropped=jnp.zeros((1, 1), int), columns=columns, windows=windows
+    )
+    kept = model.kept_tokens(pattern, np.array([3, 5]), num_heads=1)
+    assert kept[0].astype(int).tolist() == [[1, 0, 1, 1, 0, 0], [0, 0, 1, 0, 0, 1]]
 
 
 @pytest.mark.usefixtures("one_judged_block")
