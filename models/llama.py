@@ -139,6 +139,9 @@ class Llama(nnx.Module):
             per_layer: arrays whose first axis is num_layers; `attend` gets its layer's slice.
             positions: of the tokens, for the rotary embedding; 0, 1, ... unless given.
             remat: recompute each layer in the backward pass instead of keeping its activations.
+
+        Raises:
+            ValueError: an argument has another shape or dtype, or per_layer has no reader.
         """
         hidden = self.hidden_states(
             tokens, attend=attend, per_layer=per_layer, positions=positions, remat=remat
@@ -189,6 +192,10 @@ class Llama(nnx.Module):
 
         Returns:
             What `logits` takes, and the state that the last layer returned.
+
+        Raises:
+            ValueError: tokens or positions have another shape or dtype, or the runs do not cover
+                the model's layers.
         """
         x, angles = self.embed(tokens, positions=positions)
         x, state = self._run_layers(x, angles, state, runs, remat=False)
