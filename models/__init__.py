@@ -1,5 +1,6 @@
 """Language models that take their attention as a function."""
 
+from sparseattn_jax.models import sharding as sharding
 from sparseattn_jax.models.attention import Attend as Attend
 from sparseattn_jax.models.attention import CachedAttend as CachedAttend
 from sparseattn_jax.models.attention import LayerRun as LayerRun

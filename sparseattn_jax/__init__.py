@@ -4,6 +4,7 @@ Axes: B batch, T queries, S keys, N query heads, K key/value heads, H head dim; 
 key blocks, M listed blocks of a row.
 """
 
+from sparseattn_jax import sequence_parallel as sequence_parallel
 from sparseattn_jax.attention import block_sparse_attention as block_sparse_attention
 from sparseattn_jax.attention import prefill_attention as prefill_attention
 from sparseattn_jax.attention import sparse_attention as sparse_attention
