@@ -64,7 +64,7 @@ def run(
     """
     batch, heads, num_rows, num_columns = scores.shape
     capacity = num_columns if max_blocks is None else min(max_blocks, num_columns)
-    rows = _Rows.of(num_columns)
+    rows = _Rows.of(num_rows, num_columns)
     states = jnp.where(forced & visible, _FORCED, jnp.where(visible, _VISIBLE, 0)).astype(jnp.int8)
     scores, states = rows.padded(scores), rows.padded(states)
     padded_rows = scores.shape[2]
@@ -109,8 +109,9 @@ class _Rows:
     words: int
 
     @classmethod
-    def of(cls, num_columns: int) -> "_Rows":
-        rows = 4 if num_columns <= _SHORT else 1
+    def of(cls, num_rows: int, num_columns: int) -> "_Rows":
+        # The one row of a decode step is listed sooner alone than with three of padding.
+        rows = 4 if num_columns <= _SHORT and num_rows > 1 else 1
         unit = 512 // rows
         return cls(rows=rows, words=_round_up(num_columns, unit) // _WORD)
 

@@ -14,11 +14,11 @@ type Program = tuple[Callable[..., Any], Sequence[jax.ShapeDtypeStruct]]
 KERNELS = 1
 
 
-def program(num_columns: int, max_blocks: int | None) -> Program:
-    """32 heads with 64 rows each."""
-    blocks = jax.ShapeDtypeStruct((1, 1, 64, num_columns), jnp.bool_)
+def program(num_columns: int, max_blocks: int | None, num_rows: int = 64) -> Program:
+    """32 heads with so many rows each."""
+    blocks = jax.ShapeDtypeStruct((1, 1, num_rows, num_columns), jnp.bool_)
     return functools.partial(mosaic_sm90.run, max_blocks=max_blocks), (
-        jax.ShapeDtypeStruct((1, 32, 64, num_columns), jnp.float32),
+        jax.ShapeDtypeStruct((1, 32, num_rows, num_columns), jnp.float32),
         jax.ShapeDtypeStruct((32,), jnp.float32),
         blocks,
         blocks,
@@ -36,4 +36,4 @@ PROGRAMS = {
         (8192, None),
         (8192, 1000),
     ]
-}
+} | {"1-row-1024-max100": program(1024, 100, num_rows=1)}

@@ -15,6 +15,7 @@ CASES = [
     Case(N=4),
     Case(B=2, N=4, Tb=5, Sb=70, per_sequence=True, per_head=True, max_blocks=7),
     Case(Sb=1100, Tb=2, sixteenths=False),
+    Case(B=2, Sb=70, Tb=1, max_blocks=7),
 ]
 FULL_CASES = [
     Case(N=4, max_blocks=3, per_head=True),
