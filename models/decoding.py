@@ -13,12 +13,13 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, Key, PyTree
 
+from sparseattn_jax.attention import prefill_attention
 from sparseattn_jax.checks import check_positive
 from sparseattn_jax.decode import QuestPages
 from sparseattn_jax.kv_cache import KVCache
 from sparseattn_jax.models.config import LlamaConfig
 from sparseattn_jax.models.llama import Llama
-from sparseattn_jax.models.policy import Policy, decode_runs
+from sparseattn_jax.models.policy import Policy, PrefillAttention, decode_runs
 from sparseattn_jax.models.prefill import CHUNK_SIZE, prefill
 from sparseattn_jax.models.sampling import Sampling, sample
 
@@ -51,6 +52,7 @@ class Options(TypedDict, total=False):
     key: Key[Array, ""] | None
     capacity: int | None
     chunk_size: int
+    attention: PrefillAttention
 
 
 def generate(
@@ -91,6 +93,7 @@ def stream(
     key: Key[Array, ""] | None = None,
     capacity: int | None = None,
     chunk_size: int = CHUNK_SIZE,
+    attention: PrefillAttention = prefill_attention,
     steps_per_call: int = 8,
     report: Callable[[int], None] | None = None,
 ) -> Iterator[Generated]:
@@ -113,6 +116,7 @@ def stream(
         capacity: of the cache, by default what is needed, rounded up by up to a sixteenth, or to a
             multiple of 128, so that few programs are compiled.
         chunk_size: see `prefill`.
+        attention: of the prompts, see `prefill`.
         steps_per_call: tokens of each sequence in a piece; each piece costs a call of the device.
         report: is told how many tokens of the longest prompt are done, after each chunk.
 
@@ -141,6 +145,7 @@ def stream(
         ),
         capacity=_capacity(longest) if capacity is None else capacity,
         chunk_size=chunk_size,
+        attention=attention,
         steps_per_call=steps_per_call,
         report=report,
     )
@@ -183,12 +188,16 @@ def _pieces(
     *,
     capacity: int,
     chunk_size: int,
+    attention: PrefillAttention,
     steps_per_call: int,
     report: Callable[[int], None] | None,
 ) -> Iterator[Generated]:
     cache = policy.create_cache(model.config, batch=len(tokens), capacity=capacity)
     logits, cache = prefill(
-        model, tokens, lengths, cache, policy, chunk_size=chunk_size, report=report
+        *(model, tokens, lengths, cache, policy),
+        chunk_size=chunk_size,
+        attention=attention,
+        report=report,
     )
     state, is_over = _started(cache, logits, rules, keys)
     del cache, logits

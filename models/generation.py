@@ -92,8 +92,9 @@ def run(command: CommandLine) -> None:
         tokens = tokenizer.chat([{"role": "user", "content": text}])
     else:
         tokens = tokenizer.encode(text)
+    # Before the weights, so that a mistake in a file is told at once.
+    policy = read_policy(command, hf_weights.read_config(command.model, dtype=command.dtype))
     model = hf_weights.load(command.model, dtype=command.dtype)
-    policy = read_policy(command, model.config)
     progress = _progress()
     task = progress.add_task("prefill", total=len(tokens))
     pieces = stream(

@@ -99,6 +99,18 @@ class _Tensor:
             return file.get_slice(self.name)[index]
 
 
+def read_config(
+    source: str | pathlib.Path, *, dtype: DTypeLike = jnp.bfloat16, revision: str | None = None
+) -> LlamaConfig:
+    """The shape of a checkpoint's model; arguments and errors as of `load`."""
+    path = hub.folder_of(source, revision=revision) / "config.json"
+    settings = hub.read_json(path)
+    try:
+        return config_from_hf(settings, dtype=dtype)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def load(
     source: str | pathlib.Path,
     *,
@@ -122,11 +134,7 @@ def load(
         ValueError: there is no such checkpoint, or it is not wholly of a model known here.
     """
     folder = hub.folder_of(source, revision=revision)
-    settings = hub.read_json(folder / "config.json")
-    try:
-        config = config_from_hf(settings, dtype=dtype)
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    config = read_config(folder, dtype=dtype)
     graphdef, abstract = _abstract(config)
     places = _places(config, abstract)
     tensors = _matched(folder, config, places, _tensors(folder))

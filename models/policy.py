@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,9 @@ from sparseattn_jax.strategies.full import Full
 from sparseattn_jax.strategies.protocol import Strategy
 from sparseattn_jax.strategies.streaming import Streaming
 from sparseattn_jax.windows import check_window
+
+type PrefillAttention = Callable[..., Float[Array, "B T N H"]]
+"""As `prefill_attention`: of q, k, v and a strategy, with kv_lengths by name."""
 
 _CHECKED_LENGTH = 128
 
@@ -140,12 +143,20 @@ class Policy:
             page_size=self.page_size,
         )
 
-    def prefill_runs(self, num_new: Int32[Array, " B"], *, length: int) -> tuple[LayerRun, ...]:
+    def prefill_runs(
+        self,
+        num_new: Int32[Array, " B"],
+        *,
+        length: int,
+        attention: PrefillAttention = prefill_attention,
+    ) -> tuple[LayerRun, ...]:
         """How the layers attend in a chunk of a prompt, which they append to the cache.
 
         Args:
             num_new: tokens of each sequence in the chunk; what follows them is padding.
             length: of the prompt up to the chunk's end.
+            attention: by a strategy; on several devices prefill_attention wrapped by
+                `sequence_parallel.wrap`.
         """
 
         def attend(
@@ -158,7 +169,7 @@ class Policy:
             /,
         ) -> tuple[Float[Array, "B T N H"], KVCache]:
             cache, keys, values = cache.extend(layer, k, v, num_new, length=length)
-            out = prefill_attention(q, keys, values, strategy, kv_lengths=cache.lengths + num_new)
+            out = attention(q, keys, values, strategy, kv_lengths=cache.lengths + num_new)
             return out, cache
 
         return tuple(

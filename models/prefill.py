@@ -10,10 +10,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32, PyTree
 
+from sparseattn_jax.attention import prefill_attention
 from sparseattn_jax.checks import check_positive, checked
 from sparseattn_jax.kv_cache import KVCache
 from sparseattn_jax.models.llama import Llama
-from sparseattn_jax.models.policy import Policy
+from sparseattn_jax.models.policy import Policy, PrefillAttention
 
 CHUNK_SIZE = 8192
 
@@ -22,7 +23,7 @@ _SIZE_STEP = 128
 
 
 def _check_prompts(
-    tokens: np.ndarray, lengths: np.ndarray, cache: KVCache, chunk_size: int
+    tokens: np.ndarray | jax.Array, lengths: np.ndarray | jax.Array, cache: KVCache, chunk_size: int
 ) -> None:
     check_positive(chunk_size=chunk_size)
     if tokens.ndim != 2 or tokens.dtype != np.int32:
@@ -67,6 +68,7 @@ def prefill(
     policy: Policy,
     *,
     chunk_size: int = CHUNK_SIZE,
+    attention: PrefillAttention = prefill_attention,
     report: Callable[[int], None] | None = None,
 ) -> tuple[Float32[Array, "B V"], KVCache]:
     """Reads prompts into an empty cache, which is donated; every chunk honours the policy.
@@ -86,6 +88,8 @@ def prefill(
         policy: what the layers attend to.
         chunk_size: tokens at a time. A program is compiled for each start and size of a chunk; the
             size of the last one is rounded up to a multiple of 128.
+        attention: by a strategy; on several devices prefill_attention wrapped by
+            `sequence_parallel.wrap`, for which starts and sizes of chunks divide by the devices.
         report: is told how many of the T tokens are done, after each chunk.
 
     Returns:
@@ -104,6 +108,7 @@ def prefill(
         hidden, cache = _chunk(
             *(graphdef, params, jnp.asarray(chunk), jnp.asarray(lengths), hidden, cache, policy),
             start=start,
+            attention=attention,
         )
         if report is not None:
             jax.block_until_ready(hidden)
@@ -112,7 +117,9 @@ def prefill(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("graphdef", "start"), donate_argnames=("hidden", "cache")
+    jax.jit,
+    static_argnames=("graphdef", "start", "attention"),
+    donate_argnames=("hidden", "cache"),
 )
 def _chunk(
     graphdef: nnx.GraphDef,
@@ -124,6 +131,7 @@ def _chunk(
     policy: Policy,
     *,
     start: int,
+    attention: PrefillAttention,
 ) -> tuple[Float[Array, "B D"], KVCache]:
     """The hidden states of the prompts' last tokens, as far as they are in this chunk or before."""
     model = nnx.merge(graphdef, params)
@@ -134,7 +142,7 @@ def _chunk(
     states, cache = model.cached_hidden_states(
         tokens,
         cache,
-        runs=policy.prefill_runs(num_new, length=start + size),
+        runs=policy.prefill_runs(num_new, length=start + size, attention=attention),
         positions=jnp.broadcast_to(positions, tokens.shape),
     )
     last = lengths - 1 - start

@@ -164,36 +164,20 @@ PROMPTS = np.asarray(TOKENS), LENGTHS
 
 
 def test_a_spread_prompt_fills_the_cache() -> None:
-    """Attention by heads, of a policy with streaming heads; logits and cache as on one device."""
+    """In chunks, by heads, of a policy with streaming heads; as on one device."""
     mesh = sharding.create_mesh(data=2, seq=4)
-    model, tokens = on_mesh(mesh)
-    graphdef, params = nnx.split(model)
-    empty = STREAMING.create_cache(DIVISIBLE, batch=B, capacity=T)
-    cache = jax.device_put(empty, sharding.cache_shardings(empty, mesh))
-    assert cache.full_k.sharding.spec == PartitionSpec(None, ("seq", "model"), None)
-    wrapped, lengths = sequence_parallel.wrap(prefill_attention, mesh), jnp.asarray(LENGTHS)
 
-    def attend_and_keep(q, k, v, strategy, cache, layer, /):
-        cache, keys, values = cache.extend(layer, k, v, lengths, length=T)
-        return wrapped(q, keys, values, strategy, kv_lengths=lengths), cache
+    def create() -> KVCache:
+        return STREAMING.create_cache(DIVISIBLE, batch=B, capacity=T)
 
-    @jax.jit
-    def run(params, tokens, cache):
-        runs = [
-            models.LayerRun(num_layers=num_layers, attend=attend_and_keep, per_layer=strategy)
-            for num_layers, strategy in zip(
-                STREAMING.run_lengths, STREAMING.strategies, strict=True
-            )
-        ]
-        model = nnx.merge(graphdef, params)
-        positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), tokens.shape)
-        hidden, cache = model.cached_hidden_states(tokens, cache, runs=runs, positions=positions)
-        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-        return model.logits(last)[:, 0], cache.advance(lengths)
-
-    found = run(params, tokens, cache)
-    # Last, as it donates the empty cache, whose buffers the spread one shares.
-    expected = prefill(drawn(DIVISIBLE)[0], *PROMPTS, empty, STREAMING, chunk_size=T)
+    where = sharding.cache_shardings(jax.eval_shape(create), mesh)
+    assert where.full_k.spec == PartitionSpec(None, ("seq", "model"), None)
+    found = prefill(
+        *(on_mesh(mesh)[0], *PROMPTS, jax.jit(create, out_shardings=where)(), STREAMING),
+        chunk_size=8,
+        attention=sequence_parallel.wrap(prefill_attention, mesh),
+    )
+    expected = prefill(drawn(DIVISIBLE)[0], *PROMPTS, create(), STREAMING, chunk_size=T)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, expected)
 
 
