@@ -168,8 +168,11 @@ def _prefill(
     k: Float[Array, "1 T K H"],
     *,
     implementation: Literal["cudnn", "xla"] | None = None,
-) -> tuple[Float32[Array, "1 1 V"], KVCache]:
-    """Logits of the next token, and the cache."""
+) -> tuple[Float32[Array, "1 1 V"], list[Array]]:
+    """Logits of the next token, and what the cache holds at one place.
+
+    A cache that is returned would be there twice, as results of two runs are.
+    """
     model, length = _model(config, params), tokens.shape[1]
     num_new = jnp.full((1,), length, jnp.int32)
     runs = policy.prefill_runs(num_new, length=length)
@@ -181,7 +184,11 @@ def _prefill(
         runs=[_with_queries_and_keys(run, q, k) for run in runs],
         positions=jnp.arange(length, dtype=jnp.int32)[None],
     )
-    return model.logits(hidden[:, -1:]), cache.advance(num_new)
+    return model.logits(hidden[:, -1:]), _samples(cache)
+
+
+def _samples(cache: KVCache) -> list[Array]:
+    return [pool[:, 0] for pool in (cache.full_k, cache.full_v, cache.ring_k, cache.ring_v)]
 
 
 def _dense_run(
@@ -236,8 +243,8 @@ def _decode(
     cache: KVCache,
     q: Float[Array, "1 1 N H"],
     k: Float[Array, "1 1 K H"],
-) -> tuple[Float32[Array, "1 1 V"], KVCache]:
-    """The logits after so many greedy tokens, and their cache."""
+) -> tuple[Float32[Array, "1 1 V"], list[Array]]:
+    """The logits after so many greedy tokens, and what the cache holds at one place."""
     model, one = _model(config, params), jnp.ones((1,), jnp.int32)
     runs = [_with_queries_and_keys(run, q, k) for run in decode_runs(config, one, pages)]
 
@@ -254,7 +261,8 @@ def _decode(
         return model.logits(hidden), cache.advance(one)
 
     first = jnp.zeros((1, 1, config.vocab_size), jnp.float32)
-    return lax.fori_loop(0, NEW_TOKENS, step, (first, cache))
+    logits, cache = lax.fori_loop(0, NEW_TOKENS, step, (first, cache))
+    return logits, _samples(cache)
 
 
 def _judge(
@@ -329,7 +337,7 @@ def kept_tokens(
 
 
 def _finite(
-    out: tuple[Float32[Array, "1 1 V"], KVCache],
+    out: tuple[Float32[Array, "1 1 V"], list[Array]],
     *,
     verdict: gate.Verdict,
 ) -> gate.Verdict:
