@@ -102,29 +102,28 @@ def run_decode(options: Options, length: int) -> Iterator[Record | str]:
     config = _MODELS[options.shape]
     params = _random_params(config, seed=options.seed)
     q, k, v = structured_operands(options.shape, length, seed=options.seed)
-    half = _half_streaming(config)
-    pages = QuestPages(top_k=max(2, round(PAGES * length / PAGE_SIZE)))
-    policies = {
-        "full": Policy.of(config),
-        "half of the heads streaming": Policy.of(config, Configuration(strategy=half)),
-        f"{PAGES:.0%} of the pages": Policy.of(config, pages=pages, page_size=PAGE_SIZE),
-    }
-    figures: dict[str, Measured | str] = {}
-    bytes_of: dict[str, int] = {}
-    for name, policy in policies.items():
+
+    def time(policy: Policy) -> tuple[Measured | str, int]:
+        """Of one token; and the bytes of the cache."""
         cache = _filled_cache(config, policy, k, v)
-        bytes_of[name] = cache.memory_usage()
         figure = measured_with_memory(
             functools.partial(_decode, config, policy.pages),
             (params, cache, q[:, -1:], k[:, -1:]),
             functools.partial(_finite, verdict=_judge_token(policy, cache, q, k, v)),
             _awaited(options),
         )
-        figures[name] = figure if isinstance(figure, str) else _each(figure, NEW_TOKENS)
-        del cache
-    full = figures.pop("full")
-    for name, ours in figures.items():
-        density = PAGES if policies[name].pages else bytes_of[name] / bytes_of["full"]
+        each = figure if isinstance(figure, str) else _each(figure, NEW_TOKENS)
+        return each, cache.memory_usage()
+
+    full, bytes_of_full = time(Policy.of(config))
+    half = Configuration(strategy=_half_streaming(config))
+    pages = QuestPages(top_k=max(2, round(PAGES * length / PAGE_SIZE)))
+    for name, policy in {
+        "half of the heads streaming": Policy.of(config, half),
+        f"{PAGES:.0%} of the pages": Policy.of(config, pages=pages, page_size=PAGE_SIZE),
+    }.items():
+        ours, num_bytes = time(policy)
+        density = PAGES if policy.pages else num_bytes / bytes_of_full
         yield _record("model_decode", f"{length} {name}", options, density, ours, "full", full)
 
 
