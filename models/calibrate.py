@@ -1,7 +1,9 @@
 """Finds XAttention's thresholds for a model on a text, per layer and head, and writes them as JSON.
 
-    python -m sparseattn_jax.models.calibrate --weights train/assets/llama_tiny.npz \\
+    python -m sparseattn_jax.models.calibrate --model train/assets/llama_tiny.npz \\
         --text train/assets/state_of_the_union_1790_1835.txt --output thresholds.json
+
+`--model` takes checkpoints in Hugging Face's format too, which need the extra `hf`.
 
 The file is a strategy configuration: `sparseattn_jax.configuration.load` reads it, and
 `sparseattn_jax.calibration.stack` makes what a scan over the model's layers takes.
@@ -27,6 +29,7 @@ from sparseattn_jax import XAttention, calibration, configuration, prefill_atten
 from sparseattn_jax.measures import attention_recall, density
 from sparseattn_jax.models import weights
 from sparseattn_jax.models.attention import dense_causal_attention
+from sparseattn_jax.models.config import LlamaConfig
 from sparseattn_jax.models.llama import Llama
 
 type Rule = Literal["recall", "coverage"]
@@ -40,8 +43,10 @@ class CommandLine:
     """Finds XAttention's thresholds for a model on a text and writes them as JSON.
 
     Attributes:
-        weights: the model, an .npz that training wrote.
-        text: the calibration text: a file of text for a model over bytes, or token ids as .npy.
+        model: an .npz that training wrote, or a folder in Hugging Face's format, or
+            organisation/name on its hub.
+        text: the calibration text: a file of text, in UTF-8 for a model with a tokenizer and read
+            as bytes for an .npz, or token ids as .npy.
         output: the JSON file to write.
         recall: share of the true softmax mass to keep, in every text and head.
         rule: `recall` for the lowest thresholds that keep it, `coverage` for the published rule.
@@ -52,9 +57,10 @@ class CommandLine:
         num_reductions: reductions by a tenth that the paper's dynamic programme may make from
             there; each costs as many runs of the model as it has heads.
         max_loss_increase: what these reductions may add to the loss per token, in nats.
+        dtype: of the parameters and of the computation.
     """
 
-    weights: pathlib.Path
+    model: str
     text: pathlib.Path
     output: pathlib.Path = pathlib.Path("thresholds.json")
     recall: float = 0.9
@@ -65,6 +71,7 @@ class CommandLine:
     sequence_length: int = 1024
     num_reductions: int = 0
     max_loss_increase: float = 0.01
+    dtype: Literal["bfloat16", "float32"] = "float32"
 
 
 @jax.tree_util.register_dataclass
@@ -94,12 +101,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(command: CommandLine) -> None:
     """Calibrates, writes the file and prints a table."""
-    model = weights.load(command.weights)
+    model, encode = _load(command)
     tokens = read_tokens(
         command.text,
         vocab_size=model.config.vocab_size,
         num_texts=command.num_texts,
         length=command.sequence_length,
+        encode=encode,
     )
     strategy = XAttention(stride=command.stride, block_size=command.block_size)
     profile = calibrate(model, tokens, strategy=strategy, recall=command.recall, rule=command.rule)
@@ -114,40 +122,45 @@ def run(command: CommandLine) -> None:
 
 
 def read_tokens(
-    path: pathlib.Path, *, vocab_size: int, num_texts: int, length: int
+    path: pathlib.Path,
+    *,
+    vocab_size: int,
+    num_texts: int,
+    length: int,
+    encode: Callable[..., list[int]] | None = None,
 ) -> Int32[Array, "B T"]:
-    """Evenly spaced stretches of a text: its bytes, or the token ids of an .npy file.
+    """Evenly spaced stretches of a text, or of the token ids of an .npy file.
+
+    Args:
+        path: the file.
+        vocab_size: of the model.
+        num_texts: stretches to take.
+        length: tokens of each.
+        encode: `Tokenizer.encode` of the model. Every stretch of a text starts with what it puts
+            before a text, as prompts do. By default a text's bytes are its tokens.
 
     Raises:
-        ValueError: the text is too short, or is not of the model's vocabulary.
+        ValueError: the text is too short, is not UTF-8 where it must be, or is not of the model's
+            vocabulary.
         OSError: there is no such file.
     """
     if num_texts < 1 or length < 2:
         raise ValueError(
             f"num_texts={num_texts} must be at least 1 and sequence_length={length} at least 2"
         )
-    if path.suffix == ".npy":
-        ids = np.load(path, allow_pickle=False)
-        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-            raise ValueError(
-                f"{path} holds {ids.dtype} of shape {ids.shape}; save token ids as one row of ints"
-            )
-    else:
-        ids = np.frombuffer(path.read_bytes(), np.uint8)
-        if vocab_size != _BYTES:
-            raise ValueError(
-                f"{path} is read as bytes, but the model has vocab_size={vocab_size}; save its "
-                "token ids as .npy"
-            )
-    if ids.size < length:
-        raise ValueError(f"{path} has {ids.size} tokens, fewer than sequence_length={length}")
+    beginning, ids = _token_ids(path, vocab_size, encode)
+    size = beginning.size + ids.size
+    if size < length:
+        raise ValueError(f"{path} has {size} tokens, fewer than sequence_length={length}")
     if ids.min() < 0 or ids.max() >= vocab_size:
         raise ValueError(
             f"{path} has token ids from {ids.min()} to {ids.max()}; the model has vocab_size="
             f"{vocab_size}"
         )
-    starts = np.linspace(0, ids.size - length, num_texts).astype(int)
-    return jnp.asarray(ids[starts[:, None] + np.arange(length)], jnp.int32)
+    starts = np.linspace(0, size - length, num_texts).astype(int)
+    stretches = ids[starts[:, None] + np.arange(length - beginning.size)]
+    beginnings = np.broadcast_to(beginning, (num_texts, beginning.size))
+    return jnp.asarray(np.concatenate([beginnings, stretches], axis=1), jnp.int32)
 
 
 def calibrate(
@@ -168,7 +181,8 @@ def calibrate(
         rule: see `calibration.recall_thresholds` and `calibration.coverage_thresholds`.
 
     Raises:
-        ValueError: recall or a parameter of the strategy is out of range.
+        ValueError: recall or a parameter of the strategy is out of range, the model has layers
+            with a sliding window, or the texts are longer than it was made for.
     """
     rules = {
         "recall": calibration.recall_thresholds,
@@ -183,14 +197,23 @@ def calibrate(
 
 
 def measure(model: Llama, tokens: Int32[Array, "B T"], strategy: XAttention) -> Profile:
-    """What thresholds [layers, N] do in the layers of a model with dense attention."""
+    """What thresholds [layers, N] do in the layers of a model with dense attention.
+
+    Raises:
+        ValueError: as of `calibrate`.
+    """
     return _over_layers(model, tokens, _measure_layer, strategy)
 
 
 def mean_loss(
     model: Llama, tokens: Int32[Array, "B T"], strategy: XAttention
 ) -> Float32[Array, ""]:
-    """The loss per token, in nats, of a model that attends by thresholds [layers, N]."""
+    """The loss per token, in nats, of a model that attends by thresholds [layers, N].
+
+    Raises:
+        ValueError: as of `calibrate`.
+    """
+    _check_model(model.config, tokens.shape[1])
 
     def attend(q: Array, k: Array, v: Array, strategy: XAttention, /) -> Array:
         return prefill_attention(q, k, v, strategy)
@@ -198,6 +221,67 @@ def mean_loss(
     logits = model(tokens, attend=attend, per_layer=strategy)[:, :-1]
     log_probabilities = jax.nn.log_softmax(logits)
     return -jnp.take_along_axis(log_probabilities, tokens[:, 1:, None], axis=-1).mean()
+
+
+def _load(command: CommandLine) -> tuple[Llama, Callable[..., list[int]] | None]:
+    """The model, and what encodes its texts if that is not their bytes."""
+    path = pathlib.Path(command.model)
+    if path.suffix == ".npz":
+        return weights.load(path, dtype=command.dtype), None
+    if path.is_file():
+        raise ValueError(
+            f"model={path} is a file, but no .npz that training wrote; pass one, or a folder in "
+            "Hugging Face's format, or organisation/name on its hub"
+        )
+    # Here, because they need the extra `hf`, and an .npz does not.
+    from sparseattn_jax.models import hf_weights
+    from sparseattn_jax.models.tokenizer import Tokenizer
+
+    # First, because a folder may lack it, and weights are slow to read.
+    encode = None if command.text.suffix == ".npy" else Tokenizer.load(command.model).encode
+    return hf_weights.load(command.model, dtype=command.dtype), encode
+
+
+def _token_ids(
+    path: pathlib.Path, vocab_size: int, encode: Callable[..., list[int]] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """What every text starts with, and the tokens of the file."""
+    nothing = np.zeros(0, np.int64)
+    if path.suffix == ".npy":
+        ids = np.load(path, allow_pickle=False)
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(
+                f"{path} holds {ids.dtype} of shape {ids.shape}; save token ids as one row of ints"
+            )
+        return nothing, ids
+    if encode is not None:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8: {error}") from error
+        ids = encode(text, add_special_tokens=False)
+        return np.array(encode(""), np.int64), np.array(ids, np.int64)
+    if vocab_size != _BYTES:
+        raise ValueError(
+            f"{path} is read as bytes, but the model has vocab_size={vocab_size}; save its "
+            "token ids as .npy"
+        )
+    return nothing, np.frombuffer(path.read_bytes(), np.uint8)
+
+
+def _check_model(config: LlamaConfig, length: int) -> None:
+    """All layers attend to all that comes before, and positions reach that far."""
+    if config.sliding_layers:
+        raise ValueError(
+            f"layers {', '.join(map(str, config.sliding_layers))} of this model have a sliding "
+            f"window of {config.sliding_window} tokens, in which thresholds mean nothing; "
+            "calibrate a model whose layers attend to the whole text"
+        )
+    if config.max_position is not None and length > config.max_position:
+        raise ValueError(
+            f"sequence_length={length} exceeds the max_position={config.max_position} that the "
+            "model was made for; shorten it"
+        )
 
 
 def _measure_layer(q: Array, k: Array, strategy: XAttention) -> Profile:
@@ -216,6 +300,7 @@ def _over_layers(
     per_layer: PyTree,
 ) -> Profile:
     """What `of_layer` makes of the queries and keys of every layer, stacked."""
+    _check_model(model.config, tokens.shape[1])
     graphdef, state = nnx.split(model)
 
     @jax.jit
