@@ -103,12 +103,7 @@ def read_config(
     source: str | pathlib.Path, *, dtype: DTypeLike = jnp.bfloat16, revision: str | None = None
 ) -> LlamaConfig:
     """The shape of a checkpoint's model; arguments and errors as of `load`."""
-    path = hub.folder_of(source, revision=revision) / "config.json"
-    settings = hub.read_json(path)
-    try:
-        return config_from_hf(settings, dtype=dtype)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    return _config(hub.folder_of(source, revision=revision), dtype)
 
 
 def load(
@@ -134,7 +129,7 @@ def load(
         ValueError: there is no such checkpoint, or it is not wholly of a model known here.
     """
     folder = hub.folder_of(source, revision=revision)
-    config = read_config(folder, dtype=dtype)
+    config = _config(folder, dtype)
     graphdef, abstract = _abstract(config)
     places = _places(config, abstract)
     tensors = _matched(folder, config, places, _tensors(folder))
@@ -180,6 +175,15 @@ def save(model: Llama, folder: str | pathlib.Path, *, max_shard_bytes: int = 5 *
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
     # Last, because without it nothing loads: a folder that was left half written is refused.
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _config(folder: pathlib.Path, dtype: DTypeLike) -> LlamaConfig:
+    path = folder / "config.json"
+    settings = hub.read_json(path)
+    try:
+        return config_from_hf(settings, dtype=dtype)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _abstract(config: LlamaConfig) -> tuple[nnx.GraphDef, Any]:
