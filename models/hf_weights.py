@@ -22,12 +22,13 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from sparseattn_jax.models import hub
 from sparseattn_jax.models.config import LlamaConfig
 from sparseattn_jax.models.hf_config import config_from_hf as config_from_hf
 from sparseattn_jax.models.hf_config import config_to_hf as config_to_hf
-from sparseattn_jax.models.llama import Llama
+from sparseattn_jax.models.llama import Llama, abstract
 from sparseattn_jax.models.weights import name_of
 
 type Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
@@ -130,14 +131,14 @@ def load(
     """
     folder = hub.folder_of(source, revision=revision)
     config = _config(folder, dtype)
-    graphdef, abstract = _abstract(config)
-    places = _places(config, abstract)
+    graphdef, shapes = abstract(config)
+    places = _places(config, shapes)
     tensors = _matched(folder, config, places, _tensors(folder))
     arrays = {
         place.path: _read(place, tensors, config.param_dtype, shardings)
         for place in sorted(places, key=lambda place: -math.prod(place.shape))
     }
-    state = jax.tree.map_with_path(lambda key, _: arrays[name_of(key)], abstract)
+    state = jax.tree.map_with_path(lambda key, _: arrays[name_of(key)], shapes)
     return nnx.merge(graphdef, nnx.State(state))
 
 
@@ -163,7 +164,7 @@ def save(model: Llama, folder: str | pathlib.Path, *, max_shard_bytes: int = 5 *
         name_of(key): leaf
         for key, leaf in jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(model)))
     }
-    shards = _shards(_places(model.config, _abstract(model.config)[1]), params, max_shard_bytes)
+    shards = _shards(_places(model.config, abstract(model.config)[1]), params, max_shard_bytes)
     files, weight_map = _shard_names(len(shards)), {}
     for file, shard in zip(files, shards, strict=True):
         arrays = {name: _tensor_of(params[place.path], place, i) for name, place, i in shard}
@@ -186,16 +187,10 @@ def _config(folder: pathlib.Path, dtype: DTypeLike) -> LlamaConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _abstract(config: LlamaConfig) -> tuple[nnx.GraphDef, Any]:
-    """The structure of the model, and the shapes of its parameters."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
-    return graphdef, nnx.to_pure_dict(state)
-
-
-def _places(config: LlamaConfig, abstract: Any) -> list[_Place]:
+def _places(config: LlamaConfig, shapes: PyTree) -> list[_Place]:
     """Where the parameters of a model come from."""
     places = []
-    for key, leaf in jax.tree.leaves_with_path(abstract):
+    for key, leaf in jax.tree.leaves_with_path(shapes):
         path = name_of(key)
         module, _, last = path.rpartition(".")
         pattern = f"{_MODULES[module]}.{_LEAVES[last]}" if module else f"{_MODULES[path]}.weight"

@@ -279,3 +279,9 @@ def _layer_step(
         return (x, state), None
 
     return step
+
+
+def abstract(config: LlamaConfig) -> tuple[nnx.GraphDef, PyTree]:
+    """The structure of a model, and the shapes of its parameters by name; nothing is allocated."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
+    return graphdef, nnx.to_pure_dict(state)

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from sparseattn_jax.models.config import LlamaConfig
-from sparseattn_jax.models.llama import Llama
+from sparseattn_jax.models.llama import Llama, abstract
 
 CONFIG = "config"
 """The entry of the file that holds the model's shape."""
@@ -39,8 +39,8 @@ def load(path: str | pathlib.Path, *, dtype: DTypeLike = jnp.float32) -> Llama:
         config = LlamaConfig(**fields, dtype=dtype, param_dtype=dtype)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} holds no model that training wrote: {error}") from error
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
-    return nnx.merge(graphdef, nnx.State(fill(path, nnx.to_pure_dict(state), arrays)))
+    graphdef, shapes = abstract(config)
+    return nnx.merge(graphdef, nnx.State(fill(path, shapes, arrays)))
 
 
 def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

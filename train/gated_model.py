@@ -2,12 +2,12 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32, Key, PyTree
 
 from sparseattn_jax import Streaming, block_sparse_attention, models
+from sparseattn_jax.models.llama import abstract
 
 
 def draw_weights(config: models.LlamaConfig, key: Key[Array, ""]) -> PyTree:
@@ -17,7 +17,7 @@ def draw_weights(config: models.LlamaConfig, key: Key[Array, ""]) -> PyTree:
 
 def weight_shapes(config: models.LlamaConfig) -> PyTree:
     """The shapes and dtypes of `draw_weights`."""
-    return jax.eval_shape(lambda: draw_weights(config, jax.random.key(0)))
+    return abstract(config)[1]
 
 
 def logits(
@@ -52,4 +52,4 @@ def mixed_attention(
 
 @functools.cache
 def _graphdef(config: models.LlamaConfig) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: models.Llama(config, rngs=nnx.Rngs(0))))[0]
+    return abstract(config)[0]
