@@ -5,7 +5,6 @@ equal length. Where one set of lists reads little more than fits the GPU's L2 ca
 attends by several disjoint sets in turn: a model's other layers would have emptied the cache.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
@@ -17,10 +16,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from benchmarks import gate
-from benchmarks.measure import Measured, Options, measured
+from benchmarks.measure import Options, each_of, measured
 from benchmarks.records import Record
 from benchmarks.shapes import Shape, format_length
-from benchmarks.timing import Timing
 from sparseattn_jax.kernels import block_lists
 from sparseattn_jax.kernels.backends import Backend
 from sparseattn_jax.kernels.decode_attention import decode_attention
@@ -68,7 +66,7 @@ def run(options: Options, length: int) -> Iterator[Record | str]:
                 case=f"{format_length(length)} b{batch} {name}",
                 inputs=_inputs(shape),
                 density=float(keeps[0].mean()),
-                ours=_each(ours, len(lists)),
+                ours=each_of(ours, len(lists)),
                 peer=peer,
                 theirs=theirs,
             )
@@ -180,15 +178,6 @@ def _attend_in_turn(
         else attend(kv_indices=listed[0], kv_num_blocks=listed[1], block_kv=block_size)[0]
         for listed in lists
     ]
-
-
-def _each(call: Measured, number: int) -> Measured:
-    """The time of one of the equal parts of a call."""
-    timing = Timing(
-        runs_ms=[ms / number for ms in call.timing.runs_ms],
-        queued_ms=call.timing.queued_ms / number,
-    )
-    return dataclasses.replace(call, timing=timing)
 
 
 def _peers(options: Options) -> dict[str, Callable[[Array, Array, Array], list[Array]]]:

@@ -130,6 +130,15 @@ def measured_with_memory[Out](
     return dataclasses.replace(figure, peak_bytes=_peak_bytes(compiled))
 
 
+def each_of(call: Measured, number: int) -> Measured:
+    """The time of one of the equal parts of a call."""
+    timing = Timing(
+        runs_ms=[ms / number for ms in call.timing.runs_ms],
+        queued_ms=call.timing.queued_ms / number,
+    )
+    return dataclasses.replace(call, timing=timing)
+
+
 def _peak_bytes(compiled: jax.stages.Compiled) -> int | None:
     memory = compiled.memory_analysis()
     if memory is None:

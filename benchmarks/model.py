@@ -12,8 +12,7 @@ queries and keys are judged, over the tokens that its pattern keeps.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +22,16 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, PyTree
 
 from benchmarks import gate
-from benchmarks.measure import Measured, Options, measured_with_memory, on_rows
+from benchmarks.measure import (
+    Measured,
+    Options,
+    dense_peers,
+    each_of,
+    measured_with_memory,
+    on_rows,
+)
 from benchmarks.records import Record
 from benchmarks.shapes import SHAPES, Shape, format_length
-from benchmarks.timing import Timing
 from benchmarks.xattention import structured_operands
 from sparseattn_jax import (
     DuoAttention,
@@ -45,6 +50,7 @@ from sparseattn_jax.configuration import Configuration
 from sparseattn_jax.kernels import block_lists
 from sparseattn_jax.models import Llama, LlamaConfig, llama3_8b, tiny
 from sparseattn_jax.models.attention import LayerRun
+from sparseattn_jax.models.llama import abstract
 from sparseattn_jax.models.policy import Policy, decode_runs
 from sparseattn_jax.strategies.protocol import Strategy
 
@@ -69,18 +75,14 @@ def run_prefill(options: Options, length: int) -> Iterator[Record | str]:
     rows = gate.sample_rows(length, options.shape.block_size, seed=options.seed)
     judge = functools.partial(_judge, q=q, k=k, v=v, rows=rows)
     dense: dict[str, Measured | str] = {}
-    for peer in ("cudnn", "xla"):
-        if peer in options.peers:
-            out = jax.jit(
-                functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation=peer)
-            )(q, k, v)
-            verdict = judge(out, keep=np.ones((1, len(rows), length), bool))
-            dense[peer] = measured_with_memory(
-                functools.partial(_prefill, config, Policy.of(config), implementation=peer),
-                (params, tokens, q, k),
-                functools.partial(_finite, verdict=verdict),
-                _awaited(options),
-            )
+    every_token = np.ones((1, len(rows), length), bool)
+    for peer, attend in dense_peers(options).items():
+        dense[peer] = measured_with_memory(
+            functools.partial(_prefill, config, Policy.of(config), dense=attend),
+            (params, tokens, q, k),
+            functools.partial(_finite, verdict=judge(attend(q, k, v), keep=every_token)),
+            _awaited(options),
+        )
     for name, strategy in _strategies(config, options.shape).items():
         policy = Policy.of(config, Configuration(strategy=strategy))
         pattern = jax.jit(strategy.select)(q, k)
@@ -112,7 +114,7 @@ def run_decode(options: Options, length: int) -> Iterator[Record | str]:
             functools.partial(_finite, verdict=_judge_token(policy, cache, q, k, v)),
             _awaited(options),
         )
-        each = figure if isinstance(figure, str) else _each(figure, NEW_TOKENS)
+        each = figure if isinstance(figure, str) else each_of(figure, NEW_TOKENS)
         return each, cache.memory_usage()
 
     full, bytes_of_full = time(Policy.of(config))
@@ -153,11 +155,6 @@ def _random_params(config: LlamaConfig, *, seed: int) -> nnx.State:
     return jax.jit(lambda: nnx.split(Llama(config, rngs=nnx.Rngs(seed)))[1])()
 
 
-def _model(config: LlamaConfig, params: nnx.State) -> Llama:
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
-    return nnx.merge(graphdef, params)
-
-
 def _prefill(
     config: LlamaConfig,
     policy: Policy,
@@ -166,17 +163,17 @@ def _prefill(
     q: Float[Array, "1 T N H"],
     k: Float[Array, "1 T K H"],
     *,
-    implementation: Literal["cudnn", "xla"] | None = None,
+    dense: Callable[[Array, Array, Array], Array] | None = None,
 ) -> tuple[Float32[Array, "1 1 V"], list[Array]]:
     """Logits of the next token, and what the cache holds at one place.
 
     A cache that is returned would be there twice, as results of two runs are.
     """
-    model, length = _model(config, params), tokens.shape[1]
+    model, length = nnx.merge(abstract(config)[0], params), tokens.shape[1]
     num_new = jnp.full((1,), length, jnp.int32)
     runs = policy.prefill_runs(num_new, length=length)
-    if implementation is not None:
-        runs = [_dense_run(config, num_new, implementation)]
+    if dense is not None:
+        runs = [_dense_run(config, num_new, dense)]
     hidden, cache = model.cached_hidden_states(
         tokens,
         policy.create_cache(config, batch=1, capacity=length),
@@ -191,14 +188,14 @@ def _samples(cache: KVCache) -> list[Array]:
 
 
 def _dense_run(
-    config: LlamaConfig, num_new: Int32[Array, " 1"], implementation: Literal["cudnn", "xla"]
+    config: LlamaConfig,
+    num_new: Int32[Array, " 1"],
+    dense: Callable[[Array, Array, Array], Array],
 ) -> LayerRun:
     def attend(
         q: Array, k: Array, v: Array, layer_input: None, cache: KVCache, layer: Array, /
     ) -> tuple[Array, KVCache]:
-        cache = cache.append(layer, k, v, num_new)
-        out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
-        return out, cache
+        return dense(q, k, v), cache.append(layer, k, v, num_new)
 
     return LayerRun(num_layers=config.num_layers, attend=attend)
 
@@ -244,7 +241,7 @@ def _decode(
     k: Float[Array, "1 1 K H"],
 ) -> tuple[Float32[Array, "1 1 V"], list[Array]]:
     """The logits after so many greedy tokens, and what the cache holds at one place."""
-    model, one = _model(config, params), jnp.ones((1,), jnp.int32)
+    model, one = nnx.merge(abstract(config)[0], params), jnp.ones((1,), jnp.int32)
     runs = [_with_queries_and_keys(run, q, k) for run in decode_runs(config, one, pages)]
 
     def step(
@@ -349,12 +346,6 @@ def _finite(
 def _awaited(options: Options) -> Options:
     """A user waits for the whole call: its wall time counts."""
     return dataclasses.replace(options, timer="single")
-
-
-def _each(call: Measured, number: int) -> Measured:
-    runs_ms: Sequence[float] = [ms / number for ms in call.timing.runs_ms]
-    timing = Timing(runs_ms=runs_ms, queued_ms=call.timing.queued_ms / number)
-    return dataclasses.replace(call, timing=timing)
 
 
 def _record(
