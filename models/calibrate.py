@@ -28,7 +28,7 @@ from jaxtyping import Array, Float32, Int32, PyTree
 from sparseattn_jax import XAttention, calibration, configuration, prefill_attention
 from sparseattn_jax.measures import attention_recall, density
 from sparseattn_jax.models import weights
-from sparseattn_jax.models.attention import dense_causal_attention
+from sparseattn_jax.models.attention import LayerRun, dense_causal_attention
 from sparseattn_jax.models.config import LlamaConfig
 from sparseattn_jax.models.llama import Llama
 
@@ -234,12 +234,13 @@ def _load(command: CommandLine) -> tuple[Llama, Callable[..., list[int]] | None]
             "Hugging Face's format, or organisation/name on its hub"
         )
     # Here, because they need the extra `hf`, and an .npz does not.
-    from sparseattn_jax.models import hf_weights
+    from sparseattn_jax.models import hf_weights, hub
     from sparseattn_jax.models.tokenizer import Tokenizer
 
+    folder = hub.folder_of(command.model)
     # First, because a folder may lack it, and weights are slow to read.
-    encode = None if command.text.suffix == ".npy" else Tokenizer.load(command.model).encode
-    return hf_weights.load(command.model, dtype=command.dtype), encode
+    encode = None if command.text.suffix == ".npy" else Tokenizer.load(folder).encode
+    return hf_weights.load(folder, dtype=command.dtype), encode
 
 
 def _token_ids(
@@ -303,25 +304,25 @@ def _over_layers(
     _check_model(model.config, tokens.shape[1])
     graphdef, state = nnx.split(model)
 
+    def attend(
+        q: Array, k: Array, v: Array, layer_input: PyTree, profiles: Profile, layer: Array, /
+    ) -> tuple[Array, Profile]:
+        found = of_layer(q, k, layer_input)
+        profiles = jax.tree.map(lambda of_all, one: of_all.at[layer].set(one), profiles, found)
+        return dense_causal_attention(q, k, v, None), profiles
+
     @jax.jit
     def profile(state: PyTree, tokens: Array, per_layer: PyTree) -> Profile:
-        model = nnx.merge(graphdef, state)
-        x, angles = model.embed(tokens, positions=None)
-        layer_graph, stacked = nnx.split(model.layers)
-
-        def step(x: Array, inputs: tuple) -> tuple[Array, Profile]:
-            params, layer_input = inputs
-            profiles = []
-
-            def attend(q: Array, k: Array, v: Array, layer_input: PyTree, /) -> Array:
-                profiles.append(of_layer(q, k, layer_input))
-                return dense_causal_attention(q, k, v, None)
-
-            layer = nnx.merge(layer_graph, params)
-            x = layer(x, angles, attend=attend, layer_input=layer_input)
-            return x, profiles[0]
-
-        return jax.lax.scan(step, x, (stacked, per_layer))[1]
+        config = model.config
+        nothing = jnp.zeros((config.num_layers, config.num_heads), jnp.float32)
+        run = LayerRun(num_layers=config.num_layers, attend=attend, per_layer=per_layer)
+        _, profiles = nnx.merge(graphdef, state).cached_hidden_states(
+            tokens,
+            Profile(thresholds=nothing, recall=nothing, density=nothing),
+            runs=[run],
+            positions=jnp.arange(tokens.shape[1], dtype=jnp.int32)[None],
+        )
+        return profiles
 
     return profile(state, tokens, per_layer)
 

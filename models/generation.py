@@ -21,7 +21,7 @@ import tyro
 
 from sparseattn_jax import configuration, head_gates
 from sparseattn_jax.kernels.backends import UnsupportedError
-from sparseattn_jax.models import hf_weights
+from sparseattn_jax.models import hf_weights, hub
 from sparseattn_jax.models.config import LlamaConfig
 from sparseattn_jax.models.decoding import stream
 from sparseattn_jax.models.policy import Policy
@@ -87,14 +87,15 @@ def run(command: CommandLine) -> None:
     """Generates, and prints text as it comes; the prompt's progress goes to stderr."""
     text = _text(command)
     sampling = Sampling(temperature=command.temperature, top_k=command.top_k, top_p=command.top_p)
-    tokenizer = Tokenizer.load(command.model)
+    folder = hub.folder_of(command.model)
+    tokenizer = Tokenizer.load(folder)
     if command.chat:
         tokens = tokenizer.chat([{"role": "user", "content": text}])
     else:
         tokens = tokenizer.encode(text)
     # Before the weights, so that a mistake in a file is told at once.
-    policy = read_policy(command, hf_weights.read_config(command.model, dtype=command.dtype))
-    model = hf_weights.load(command.model, dtype=command.dtype)
+    policy = read_policy(command, hf_weights.read_config(folder, dtype=command.dtype))
+    model = hf_weights.load(folder, dtype=command.dtype)
     progress = _progress()
     task = progress.add_task("prefill", total=len(tokens))
     pieces = stream(
