@@ -1,10 +1,10 @@
 """Cumulative block selection on Hopper: a row's scores stay in registers during the search.
 
-A warpgroup holds four rows, one per warp, or one long row. The rank of a block orders like the
-rule of the op, so that a cut in it, found bit by bit, separates what is kept from what is not;
-blocks tied at the cut have equal scores, so that their number tells how many are needed. Flags of
-the kept and of the tied blocks become words of 32 bits by a sum of powers of two. Scalar code takes
-the bits of the words one by one and appends their indices to the list.
+A warpgroup holds four rows, one per warp, or one that is long or alone. The rank of a block orders
+like the rule of the op, so that a cut in it, found bit by bit, separates what is kept from what is
+not; blocks tied at the cut have equal scores, so that their number tells how many are needed. Flags
+of the kept and of the tied blocks become words of 32 bits by a sum of powers of two. Scalar code
+takes the bits of the words one by one and appends their indices to the list.
 """
 
 import dataclasses
